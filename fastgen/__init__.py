@@ -1,0 +1,75 @@
+"""One line, `fastgen.optimize(model)`, and a Hugging Face causal LM generates many times faster."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .api import explain, optimize, release_cache, restore
+    from .config import Config, SamplingParams
+    from .errors import (
+        CapacityError,
+        EngineClosedError,
+        FastgenError,
+        InvalidRequestError,
+        NotOptimizedError,
+        RequestFailedError,
+        UnsupportedModelError,
+    )
+    from .frontend import Engine
+    from .outputs import EngineMetrics, RequestMetrics, RequestOutput, TokenEvent
+
+# Where each public name lives; imported at first use, so that `import fastgen` costs nothing.
+_HOMES = {
+    "api": ("explain", "optimize", "release_cache", "restore"),
+    "config": ("Config", "SamplingParams"),
+    "errors": (
+        "CapacityError",
+        "EngineClosedError",
+        "FastgenError",
+        "InvalidRequestError",
+        "NotOptimizedError",
+        "RequestFailedError",
+        "UnsupportedModelError",
+    ),
+    "frontend": ("Engine",),
+    "outputs": ("EngineMetrics", "RequestMetrics", "RequestOutput", "TokenEvent"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [  # noqa: RUF022 - in the order of a reader's interest
+    "optimize",
+    "restore",
+    "explain",
+    "release_cache",
+    "Engine",
+    "Config",
+    "SamplingParams",
+    "RequestOutput",
+    "TokenEvent",
+    "RequestMetrics",
+    "EngineMetrics",
+    "FastgenError",
+    "UnsupportedModelError",
+    "NotOptimizedError",
+    "InvalidRequestError",
+    "CapacityError",
+    "RequestFailedError",
+    "EngineClosedError",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'fastgen' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME_OF})

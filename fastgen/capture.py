@@ -1,0 +1,345 @@
+"""A Hugging Face causal LM becomes one graph. The only file that knows Hugging Face's names.
+
+The model is called once, under torch.export, with flat packed tokens and no cache. Attention is
+found by registration, not by pattern: transformers hands every attention call to the function
+registered as "fastgen", which emits one `fastgen::attention`. Masks are found the same way: the
+registered mask function emits a marker that names the kind of mask, and the marker's way through
+the graph says which layer has which.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .errors import UnsupportedModelError
+from .live import hooked_modules
+from .passes import BATCH_INPUTS, CapturedGraph, InputSpec
+
+ATTENTION_NAME = "fastgen"
+
+# Passed through to attention by the models, and without effect on a forward without a cache:
+# positions have been applied by RoPE, the rest says what to return.
+_IGNORED_KWARGS = {"position_ids", "cache_position", "use_cache", "output_attentions"}
+
+# torch.export keeps global state: one capture at a time in a process.
+_capture_lock = threading.Lock()
+
+
+@torch.library.custom_op("fastgen::mask_marker", mutates_args=())
+def mask_marker(padding_mask: torch.Tensor, kind: str, window: int) -> torch.Tensor:
+    """Stands for a mask in a captured graph; resolved before the graph can run.
+
+    Args:
+        padding_mask: [1, num_tokens] bool. kind: "causal". window: Keys seen by a query, 0: all.
+    Raises: RuntimeError if it is ever run.
+    """
+    raise RuntimeError("a mask marker was left in a graph that runs")
+
+
+@mask_marker.register_fake
+def _(padding_mask, kind, window):
+    num_tokens = padding_mask.shape[1]
+    return padding_mask.new_empty((1, 1, num_tokens, num_tokens))
+
+
+def _attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls for attention while a graph is captured.
+
+    query: [1, num_heads, num_tokens, head_dim]; returns [1, num_tokens, num_heads, v_head_dim].
+    """
+    where = f"attention of layer {getattr(module, 'layer_idx', '?')}"
+    for name, given in kwargs.items():
+        if given is not None and given is not False and name not in _IGNORED_KWARGS:
+            raise UnsupportedModelError(f"{where}: {name}={given!r} is not understood")
+    if dropout:
+        raise UnsupportedModelError(f"{where}: dropout={dropout} is active in evaluation mode")
+    if is_causal is False or (is_causal is None and getattr(module, "is_causal", True) is False):
+        raise UnsupportedModelError(f"{where}: is_causal=False; only causal attention is supported")
+    layer_idx = getattr(module, "layer_idx", None)
+    if not isinstance(layer_idx, int):
+        raise UnsupportedModelError(f"{where}: layer_idx={layer_idx!r}, an int is needed")
+    if attention_mask is None:
+        raise UnsupportedModelError(f"{where}: no mask was made, so that causality is not known")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output = torch.ops.fastgen.attention(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        attention_mask,
+        scale,
+        sliding_window or 0,
+        softcap or 0.0,
+        s_aux,
+        layer_idx,
+    )
+    return output.unsqueeze(0), None
+
+
+def _mask_forward(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: Any,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """What transformers calls to make a mask while a graph is captured."""
+    window = _causal_window(mask_function)
+    if window is None:
+        name = getattr(mask_function, "__qualname__", repr(mask_function))
+        raise UnsupportedModelError(f"mask function {name} is neither causal nor a sliding window")
+    if attention_mask is None:
+        raise UnsupportedModelError("a mask was made without the padding mask of the call")
+    return mask_marker(attention_mask, "causal", window)
+
+
+def _causal_window(mask_function: Any) -> int | None:
+    """0 for the plain causal mask, the window of a sliding one, None for anything else."""
+    from transformers import masking_utils
+
+    if mask_function is masking_utils.causal_mask_function:
+        return 0
+    if not mask_function.__qualname__.startswith("and_masks.<locals>"):
+        return None
+    parts = inspect.getclosurevars(mask_function).nonlocals.get("mask_functions", ())
+    others = [part for part in parts if part is not masking_utils.causal_mask_function]
+    if len(parts) != 2 or len(others) != 1:
+        return None
+    if not others[0].__qualname__.startswith("sliding_window_overlay.<locals>"):
+        return None
+    return int(inspect.getclosurevars(others[0]).nonlocals["sliding_window"])
+
+
+def _register() -> None:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(ATTENTION_NAME, _attention_forward)
+    AttentionMaskInterface.register(ATTENTION_NAME, _mask_forward)
+
+
+class _PackedForward(nn.Module):
+    """The call that is traced: packed tokens in, logits of the selected rows out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, logits_indices: torch.Tensor
+    ) -> torch.Tensor:
+        input_ids = input_ids.unsqueeze(0)
+        # A padding mask keeps transformers from guessing packed sequences out of the positions.
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            position_ids=positions.unsqueeze(0),
+            use_cache=False,
+            logits_to_keep=logits_indices,
+        )
+        return output.logits.squeeze(0)
+
+
+def check_model(model: Any) -> None:
+    """Raise UnsupportedModelError unless `model` is a decoder-only LM on one real device."""
+    from transformers import PreTrainedModel
+
+    name = type(model).__name__
+    if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
+        raise UnsupportedModelError(
+            f"{name} is a PEFT wrapper; optimise the model inside it: "
+            "fastgen.optimize(model.get_base_model())"
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"fastgen.optimize needs a transformers PreTrainedModel, got {name}"
+        )
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{name} is an encoder-decoder model; only decoders generate")
+    if not model.can_generate():
+        raise UnsupportedModelError(f"{name} has no language modelling head to generate with")
+    devices = Counter(parameter.device for parameter in model.parameters())
+    if any(device.type == "meta" for device in devices):
+        raise UnsupportedModelError(
+            f"{name} has {devices[torch.device('meta')]} parameters on the meta device (offloaded "
+            "or not loaded); load all of them into memory first"
+        )
+    if len(devices) > 1:
+        raise UnsupportedModelError(
+            f"{name} is split over {', '.join(map(str, devices))}; put it on one device first"
+        )
+    parameters = inspect.signature(model.forward).parameters
+    for needed in ("position_ids", "logits_to_keep"):
+        if needed not in parameters:
+            raise UnsupportedModelError(f"{name}.forward takes no {needed}")
+    if hooked := hooked_modules(model):
+        raise UnsupportedModelError(f"forward hooks on {', '.join(hooked[:3])} would be skipped")
+    if model.config._attn_implementation == ATTENTION_NAME:
+        raise UnsupportedModelError(
+            f"{name} has attn_implementation={ATTENTION_NAME!r}, which is for capture only"
+        )
+
+
+def capture(model: Any) -> CapturedGraph:
+    """Trace a model's forward over packed tokens into one graph.
+
+    The model is not touched: what is traced is a copy of its modules over the same parameters.
+
+    Raises: UnsupportedModelError, naming what is not understood.
+    """
+    check_model(model)
+    with _capture_lock, torch.no_grad(), torch.autocast(_device(model).type, enabled=False):
+        _register()
+        program = _export(model)
+    captured = _lift(model, program)
+    _resolve_masks(captured)
+    _check_layers(model, captured)
+    return captured
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _export(model: nn.Module) -> torch.export.ExportedProgram:
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    clone: Any = copy.deepcopy(model, shared)
+    clone.eval()
+    clone.set_attn_implementation(ATTENTION_NAME)
+    if clone.config._attn_implementation != ATTENTION_NAME:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has attention code of its own that cannot be replaced"
+        )
+    num_tokens, num_rows = torch.export.Dim("num_tokens", min=2), torch.export.Dim.AUTO
+    # More rows than one, other than tokens: sizes that are equal would be taken for the same.
+    example = {
+        "input_ids": torch.arange(8, device=_device(model)),
+        "positions": torch.arange(8, device=_device(model)),
+        "logits_indices": torch.tensor([1, 4, 6], device=_device(model)),
+    }
+    dynamic = {
+        "input_ids": {0: num_tokens},
+        "positions": {0: num_tokens},
+        "logits_indices": {0: num_rows},
+    }
+    try:
+        return torch.export.export(
+            _PackedForward(clone), (), example, dynamic_shapes=dynamic, strict=False
+        )
+    except UnsupportedModelError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be traced into one graph: "
+            f"{type(error).__name__}: {reason[0] if reason else ''}"
+        ) from error
+
+
+def _lift(model: nn.Module, program: torch.export.ExportedProgram) -> CapturedGraph:
+    """The exported graph in fastgen's form: what each placeholder is, one output."""
+    from torch.export.graph_signature import InputKind
+
+    kinds = {
+        InputKind.PARAMETER: "parameter",
+        InputKind.BUFFER: "buffer",
+        InputKind.CONSTANT_TENSOR: "constant",
+        InputKind.USER_INPUT: "batch",
+    }
+    inputs: dict[str, InputSpec] = {}
+    for spec in program.graph_signature.input_specs:
+        if spec.kind not in kinds:
+            raise UnsupportedModelError(f"graph input {spec.arg} of kind {spec.kind} is unknown")
+        target = (spec.target or spec.arg.name).removeprefix("model.")
+        inputs[spec.arg.name] = InputSpec(kinds[spec.kind], target)  # pyright: ignore
+    outputs = program.graph_signature.output_specs
+    if len(outputs) != 1 or outputs[0].kind.name != "USER_OUTPUT":
+        raise UnsupportedModelError(
+            f"the forward changes {[spec.target for spec in outputs if spec.target]} as it runs"
+        )
+    module = fx.GraphModule(program.graph_module, program.graph_module.graph)
+    output = next(node for node in module.graph.nodes if node.op == "output")
+    output.args = (output.args[0][0],)  # pyright: ignore
+    assert tuple(spec.target for spec in inputs.values() if spec.kind == "batch") == BATCH_INPUTS
+    return CapturedGraph(
+        module=module,
+        inputs=inputs,
+        num_layers=model.config.get_text_config().num_hidden_layers,  # pyright: ignore
+        constants={name.removeprefix("model."): value for name, value in program.constants.items()},
+        parameter_refusals=_parameter_refusals(model),
+    )
+
+
+def _resolve_masks(captured: CapturedGraph) -> None:
+    """Turn the marker that reaches each attention into its window; refuse any other mask."""
+    for node in captured.graph.nodes:
+        if node.target is not torch.ops.fastgen.attention.default:
+            continue
+        marker, layer_idx, given = node.args[3], node.args[8], node.args[5]
+        if marker.target is not torch.ops.fastgen.mask_marker.default:
+            raise UnsupportedModelError(
+                f"the mask of layer {layer_idx} is computed by the model ({marker.target})"
+            )
+        window = marker.args[2]
+        if given and given != window:
+            raise UnsupportedModelError(
+                f"layer {layer_idx} has sliding_window={given} and a mask with window {window}"
+            )
+        node.args = (*node.args[:3], None, node.args[4], window, *node.args[6:])
+    captured.graph.eliminate_dead_code()
+    for node in captured.graph.nodes:
+        if node.target is torch.ops.fastgen.mask_marker.default:
+            raise UnsupportedModelError(f"the mask is read by {[str(user) for user in node.users]}")
+
+
+def _check_layers(model: nn.Module, captured: CapturedGraph) -> None:
+    """Every layer must have shown exactly one attention."""
+    found = Counter(
+        node.args[8]
+        for node in captured.graph.nodes
+        if node.target is torch.ops.fastgen.attention.default
+    )
+    missing = [layer for layer in range(captured.num_layers) if found[layer] == 0]
+    if missing or sum(found.values()) != captured.num_layers:
+        twice = [layer for layer, count in found.items() if count > 1]
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has {captured.num_layers} layers, and {sum(found.values())} "
+            f"attentions were seen; layers without: {missing}, with more than one: {twice}"
+        )
+
+
+def _parameter_refusals(model: nn.Module) -> dict[str, str]:
+    """Parameters whose memory must not be moved, with the reason."""
+    refusals: dict[str, str] = {}
+    by_storage: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if type(parameter) is not nn.Parameter:
+            refusals[name] = f"is a {type(parameter).__name__}"
+        elif parameter.is_inference():
+            refusals[name] = "was made under inference_mode"
+        else:
+            by_storage.setdefault(parameter.untyped_storage().data_ptr(), []).append(name)
+    for names in by_storage.values():
+        for name in names if len(names) > 1 else ():
+            refusals[name] = f"shares its memory with {', '.join(set(names) - {name}) or 'itself'}"
+    return refusals

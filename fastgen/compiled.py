@@ -1,0 +1,111 @@
+"""From a captured graph to something that runs: passes, choice of kernels, binding of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+
+from . import kernels
+from .passes import CapturedGraph, InputSpec, Report, run_passes
+from .passes.insert_paged_cache import CacheSpec, cache_spec
+
+_WEIGHT_KINDS = ("parameter", "buffer", "merged")
+
+
+class CacheTensors(Protocol):
+    """What a forward needs of a KV cache: its tensors by input name ("key:0", "value:0", ...)."""
+
+    tensors: Mapping[str, torch.Tensor]
+
+
+class CompiledForward:
+    """The rewritten graph, run directly: the graph's own Python calling the chosen kernels.
+
+    Call `bind` with the weights before the first call and whenever they moved.
+    """
+
+    def __init__(self, graph: CapturedGraph, report: Report) -> None:
+        self.spec: CacheSpec = cache_spec(graph)
+        self.report = report
+        self.inputs = dict(graph.inputs)
+        self.merges = tuple(graph.merges)
+        self.vocab_size = int(graph.output_value().shape[-1])
+        lowered = graph.copy()
+        report.kernels = choose_kernels(lowered)
+        lowered.module.recompile()
+        self._forward = lowered.module.forward
+        specs = list(self.inputs.values())
+        self._batch_slots = [(i, s.target) for i, s in enumerate(specs) if s.kind == "batch"]
+        self._cache_slots = [(i, s.target) for i, s in enumerate(specs) if s.kind == "cache"]
+        self._arguments: list[Any] = [
+            graph.constants[spec.target] if spec.kind == "constant" else None for spec in specs
+        ]
+        self._bound_cache: CacheTensors | None = None
+
+    @property
+    def weight_inputs(self) -> list[InputSpec]:
+        return [spec for spec in self.inputs.values() if spec.kind in _WEIGHT_KINDS]
+
+    def bind(self, weights: Mapping[InputSpec, torch.Tensor]) -> None:
+        """Set the tensors of all weight inputs."""
+        for index, spec in enumerate(self.inputs.values()):
+            if spec.kind in _WEIGHT_KINDS:
+                self._arguments[index] = weights[spec]
+
+    def release(self) -> None:
+        """Forget the cache, so that its memory can go."""
+        self._bound_cache = None
+        for index, _ in self._cache_slots:
+            self._arguments[index] = None
+
+    def __call__(self, batch: Any, kv_cache: CacheTensors) -> torch.Tensor:
+        """Run one step.
+
+        Args:
+            batch: A ForwardBatch (engine/batch.py). kv_cache: Its tensors are mutated.
+        Returns: logits [num_rows, vocab_size], the model's dtype, num_rows = len(logits_indices).
+        """
+        arguments = self._arguments
+        if kv_cache is not self._bound_cache:
+            for index, target in self._cache_slots:
+                arguments[index] = kv_cache.tensors[target]
+            self._bound_cache = kv_cache
+        for index, target in self._batch_slots:
+            arguments[index] = getattr(batch, target)
+        return self._forward(*arguments)
+
+
+def compile_graph(captured: CapturedGraph, passes_off: Sequence[str] = ()) -> CompiledForward:
+    """Run the passes over a captured graph and make it callable.
+
+    Raises: ValueError for an unknown name in passes_off.
+    """
+    graph, report = run_passes(captured, passes_off)
+    report.facts["num_layers"] = captured.num_layers
+    return CompiledForward(graph, report)
+
+
+def choose_kernels(graph: CapturedGraph) -> dict[str, dict[str, Any]]:
+    """Point every fastgen op at the implementation that takes its call; report which and why."""
+    chosen: dict[str, dict[str, Any]] = {}
+    for node in graph.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if node.op != "call_function" or schema is None or not schema.name.startswith("fastgen::"):
+            continue
+        choice = kernels.select(schema.name, _call_site(node))
+        node.target = choice.implementation.function
+        row = chosen.setdefault(schema.name, {})
+        entry = row.setdefault(
+            choice.implementation.name, {"calls": 0, "refused": dict(choice.refused)}
+        )
+        entry["calls"] += 1
+    return chosen
+
+
+def _call_site(node: fx.Node) -> kernels.CallSite:
+    names = [argument.name for argument in node.target._schema.arguments]  # pyright: ignore
+    values = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in node.args]
+    return kernels.CallSite(node.meta["val"].device, dict(zip(names, values, strict=True)))

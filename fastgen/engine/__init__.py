@@ -1,0 +1,1 @@
+"""Continuous batching: requests, scheduler and block pool (no torch), cache, runner, engine."""

@@ -1,0 +1,341 @@
+"""The engine: one thread that runs every step of one model's requests."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from ..compiled import CompiledForward
+from ..config import SEED_MAX, Config, check_int
+from ..errors import CapacityError, FastgenError, InvalidRequestError, RequestFailedError
+from ..outputs import EngineMetrics
+from .block_pool import BlockPool
+from .kv_cache import KVCache, block_bytes, free_memory_bytes
+from .lockstep import LockstepGroup
+from .mailbox import Mailbox
+from .request import Request, RequestStatus
+from .runner import Runner
+from .sampler import sample
+from .scheduler import Scheduler, SchedulerOutput
+
+logger = logging.getLogger("fastgen")
+
+
+class EngineCore:
+    """Requests in, tokens out. Public methods may be called from any thread.
+
+    The scheduler, the pool and the runner belong to the engine thread; others reach them by
+    messages. The thread holds the engine only while it works, so that a forgotten engine goes
+    away with its memory.
+    """
+
+    def __init__(
+        self,
+        compiled: CompiledForward,
+        config: Config,
+        device: torch.device,
+        max_model_len: int,
+        vocab_size: int,
+    ) -> None:
+        self.compiled, self.config, self.device = compiled, config, device
+        self.max_model_len, self.vocab_size = max_model_len, vocab_size
+        self.poison_freed_blocks = False  # set by tests: whoever reads a freed block sees NaN
+        self._scheduler: Scheduler | None = None
+        self._runner: Runner | None = None
+        self._generators: dict[int, torch.Generator] = {}
+        self._counters = dict.fromkeys(
+            ("engine_steps", "computed_tokens", "prompt_tokens", "output_tokens"), 0
+        )
+        self._forward_seconds = self._host_seconds = 0.0
+        self._mailbox = Mailbox()
+        thread = threading.Thread(
+            target=_run_engine,
+            args=(weakref.ref(self), self._mailbox),
+            name="fastgen-engine",
+            daemon=True,
+        )
+        self._mailbox.thread = thread
+        self._closer = weakref.finalize(self, self._mailbox.close)
+        thread.start()
+
+    # Called from any thread.
+
+    def check(self, request: Request) -> None:
+        """Raise InvalidRequestError or CapacityError if the request could never run."""
+        prompt = request.prompt_token_ids
+        if not prompt and request.query_token_id is None:
+            raise InvalidRequestError("a prompt must hold at least one token, got none")
+        for token_id in prompt:
+            check_int("each prompt token id", token_id, 0, self.vocab_size - 1, InvalidRequestError)
+        length, max_tokens = len(prompt), request.sampling.max_tokens
+        if length + max_tokens > self.max_model_len:
+            raise CapacityError(
+                f"prompt ({length}) + max_tokens ({max_tokens}) must be <= max_model_len "
+                f"({self.max_model_len}); shorten one of them"
+            )
+        if not self.fits([request]):
+            slots = self._num_usable_blocks() * self.config.block_size
+            raise CapacityError(
+                f"the KV cache pool holds {slots} tokens, the request needs "
+                f"{request.max_num_tokens}; raise kv_cache_memory_bytes or ask for fewer tokens"
+            )
+
+    def fits(self, requests: Iterable[Request]) -> bool:
+        """Whether these requests can be in the pool together at their full length."""
+        size = self.config.block_size
+        needed = sum(-(-request.max_num_tokens // size) for request in requests)
+        return needed <= self._num_usable_blocks()
+
+    def submit(self, request: Request) -> None:
+        """Check a request and queue it.
+
+        Raises: InvalidRequestError, CapacityError, EngineClosedError.
+        """
+        self.submit_all([request])
+
+    def submit_all(self, requests: list[Request], together: bool = False) -> None:
+        """Check requests and queue all or none; `together`: they must all fit at once."""
+        for request in requests:
+            self.check(request)
+        if together and not (self.fits(requests) and len(requests) <= self.config.max_num_seqs):
+            raise CapacityError(
+                f"{len(requests)} rows must run together, and the KV cache pool "
+                f"({self._num_usable_blocks()} blocks of {self.config.block_size}) or max_num_seqs "
+                f"({self.config.max_num_seqs}) does not allow it"
+            )
+        for request in requests:
+            seed, greedy = request.sampling.seed, request.sampling.greedy
+            if seed is None and not greedy and request.group is None:
+                seed = int(torch.randint(SEED_MAX, ()))  # so that torch.manual_seed governs it
+            request.seed = seed or 0
+        self._mailbox.post(lambda: self._admit(requests))
+
+    def cancel_all(self, requests: Iterable[Request], wait: bool = True) -> None:
+        """End requests wherever they are; their blocks are free when a waiting call returns."""
+        pending = [r for r in requests if r.status is not RequestStatus.FINISHED]
+        if not pending:
+            return
+
+        def cancel() -> None:
+            for request in pending:
+                self._finish(request, "cancelled")
+
+        (self._mailbox.call if wait else self._mailbox.post)(cancel)
+
+    def feed(self, group: LockstepGroup, token_ids: list[int]) -> None:
+        """Append the next token of every row of a lockstep group."""
+
+        def append() -> None:
+            for request, token_id in zip(group.requests, token_ids, strict=True):
+                self._append(request, token_id)
+
+        self._mailbox.post(append)
+
+    def read_caches(self, requests: list[Request]) -> list[list[tuple[torch.Tensor, ...]]]:
+        """Copies of running requests' computed keys and values, per request and layer."""
+
+        def read() -> list[list[tuple[torch.Tensor, ...]]]:
+            assert self._runner is not None
+            return [
+                self._runner.read_cache(request.block_ids, request.num_computed_tokens)
+                for request in requests
+            ]
+
+        return self._mailbox.call(read)
+
+    def metrics(self) -> EngineMetrics:
+        """A snapshot of the counters."""
+        return self._mailbox.call(self._snapshot)
+
+    def release_cache(self) -> None:
+        """Give the KV cache back; the next request takes a new one.
+
+        Raises: FastgenError while requests are running.
+        """
+        self._mailbox.call(lambda: self._release("release the KV cache"))
+
+    def replace(self, compiled: CompiledForward, device: torch.device) -> None:
+        """Go on with another graph, once no request is running."""
+
+        def replace() -> None:
+            self._release("change the model")
+            self.compiled, self.device = compiled, device
+
+        self._mailbox.call(replace)
+
+    def close(self) -> None:
+        """End all requests and the thread; later calls raise EngineClosedError."""
+        if self._closer.alive:
+            self._mailbox.call(self._abandon)
+            self._closer()
+
+    # Called on the engine thread.
+
+    def _num_usable_blocks(self) -> int:
+        scheduler = self._scheduler
+        if scheduler is not None:
+            return scheduler.pool.num_usable
+        return self._pool_blocks() - 1
+
+    def _pool_blocks(self) -> int:
+        """Blocks of a new pool: what max_num_seqs can need, at most the memory it may take."""
+        per_block = block_bytes(self.compiled.spec, self.config.block_size)
+        allowed = self.config.kv_cache_memory_bytes
+        if allowed is None:
+            allowed = free_memory_bytes(self.device) // 2
+        longest = -(-self.max_model_len // self.config.block_size)
+        needed = self.config.max_num_seqs * longest + 1
+        return max(2, min(needed, allowed // per_block))
+
+    def _admit(self, requests: list[Request]) -> None:
+        if self._scheduler is None:
+            num_blocks = self._pool_blocks()
+            cache = KVCache(self.compiled.spec, num_blocks, self.config.block_size, self.device)
+            self._runner = Runner(self.compiled, cache, self.device)
+            self._scheduler = Scheduler(
+                BlockPool(num_blocks),
+                block_size=self.config.block_size,
+                max_num_seqs=self.config.max_num_seqs,
+                max_num_batched_tokens=self.config.max_num_batched_tokens,
+            )
+        for request in requests:
+            if not request.sampling.greedy and request.group is None:
+                generator = torch.Generator(device=self.device)
+                self._generators[request.request_id] = generator.manual_seed(request.seed)
+            self._counters["prompt_tokens"] += len(request.prompt_token_ids)
+            self._scheduler.add(request)
+
+    def _release(self, purpose: str) -> None:
+        if self._scheduler is not None and self._scheduler.has_requests:
+            raise FastgenError(
+                f"requests are running; wait for them or cancel them before you {purpose}"
+            )
+        self._scheduler = self._runner = None
+        self.compiled.release()
+
+    def _abandon(self, error: BaseException | None = None) -> None:
+        scheduler = self._scheduler
+        for request in (*scheduler.running, *scheduler.waiting) if scheduler else ():
+            self._finish(request, "error" if error else "cancelled", error)
+        self._release("close the engine")
+
+    def _step(self) -> bool:
+        """Run the messages and one step; False if there was nothing to compute."""
+        start = time.perf_counter()
+        for message in self._mailbox.take():
+            message()
+        if self._scheduler is None or self._runner is None:
+            return False
+        output = self._scheduler.schedule()
+        if self.poison_freed_blocks and output.freed_blocks:
+            self._runner.kv_cache.poison(output.freed_blocks)
+        if not output.scheduled:
+            return False
+        before = time.perf_counter()
+        try:
+            logits = self._runner.run(output)
+            after = time.perf_counter()
+            self._scheduler.advance(output)
+            self._counters["engine_steps"] += 1
+            self._counters["computed_tokens"] += output.num_tokens
+            self._deliver(output, logits)
+        except Exception as error:
+            logger.exception("a step failed; its %d requests end", len(output.scheduled))
+            for item in output.scheduled:
+                self._finish(item.request, "error", error)
+            return True
+        self._forward_seconds += after - before
+        self._host_seconds += time.perf_counter() - after + before - start
+        return True
+
+    def _deliver(self, output: SchedulerOutput, logits: torch.Tensor) -> None:
+        """Hand each sampled row's logits to its lockstep group or to the sampler."""
+        sampled = [item.request for item in output.scheduled if item.samples]
+        own = [row for row, request in enumerate(sampled) if request.group is None]
+        for row, request in enumerate(sampled):
+            if request.group is not None:
+                request.group.offer(request, logits[row])
+        if not own:
+            return
+        requests = [sampled[row] for row in own]
+        token_ids = sample(
+            logits if len(own) == len(sampled) else logits[own],
+            [request.sampling for request in requests],
+            [self._generators.get(request.request_id) for request in requests],
+        )
+        for request, token_id in zip(requests, token_ids, strict=True):
+            self._append(request, token_id)
+
+    def _append(self, request: Request, token_id: int) -> None:
+        if request.status is RequestStatus.FINISHED:
+            return
+        assert self._scheduler is not None
+        reason = self._scheduler.append_token(request, token_id)
+        self._counters["output_tokens"] += 1
+        if request.stream:
+            request.events.put(("token", token_id))
+        if reason is not None:
+            self._ended(request)
+
+    def _finish(self, request: Request, reason: str, error: BaseException | None = None) -> None:
+        if self._scheduler is None or request.status is RequestStatus.FINISHED:
+            return
+        self._scheduler.finish(request, reason, error)
+        self._ended(request)
+
+    def _ended(self, request: Request) -> None:
+        self._generators.pop(request.request_id, None)
+        request.events.put(("finish", request.finish_reason))
+        if request.group is not None and request.error is not None:
+            request.group.fail(failure(request))
+
+    def _snapshot(self) -> EngineMetrics:
+        scheduler = self._scheduler
+        if scheduler is None:
+            return EngineMetrics(**self._counters)
+        pool = scheduler.pool
+        return EngineMetrics(
+            **self._counters,
+            finished=dict(scheduler.finished),
+            preemptions=scheduler.num_preemptions,
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_blocks=pool.num_usable,
+            num_free_blocks=pool.num_free,
+            cache_usage=pool.num_used / pool.num_usable,
+            cache_waste=scheduler.cache_waste,
+            forward_seconds=self._forward_seconds,
+            host_seconds=self._host_seconds,
+        )
+
+
+def failure(request: Request) -> RequestFailedError:
+    """The error a caller sees for a request that ended by one."""
+    error = RequestFailedError(
+        f"request {request.request_id} failed: {type(request.error).__name__}: {request.error}"
+    )
+    error.__cause__ = request.error
+    return error
+
+
+def _run_engine(reference: Callable[[], Any], mailbox: Mailbox) -> None:
+    """The engine thread: works while there is work, waits without holding the engine."""
+    while mailbox.wait():
+        engine: EngineCore | None = reference()
+        if engine is None:
+            return
+        try:
+            while engine._step():
+                pass
+        except BaseException as error:
+            logger.exception("the engine stopped")
+            mailbox.close(join=False)
+            engine._abandon(error)
+            return
+        del engine

@@ -1,0 +1,83 @@
+"""The tensors of the paged KV cache, and how large they may be."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from ..passes import CacheSpec
+from .block_pool import NULL_BLOCK
+
+
+class KVCache:
+    """One key and one value tensor per layer, blocks in dimension 0.
+
+    tensors: "key:<i>" / "value:<i>" -> [num_blocks, num_kv_heads, block_size, head_dim]. On the
+    CPU this is address space only: the system gives a page when it is first written.
+    """
+
+    def __init__(
+        self, spec: CacheSpec, num_blocks: int, block_size: int, device: torch.device
+    ) -> None:
+        self.spec, self.num_blocks, self.block_size = spec, num_blocks, block_size
+        tensors = {}
+        for index, layer in enumerate(spec.layers):
+            for role, width in (("key", layer.head_dim), ("value", layer.v_head_dim)):
+                shape = (num_blocks, layer.num_kv_heads, block_size, width)
+                tensors[f"{role}:{index}"] = torch.empty(shape, dtype=layer.dtype, device=device)
+                tensors[f"{role}:{index}"][NULL_BLOCK] = 0
+        self.tensors: Mapping[str, torch.Tensor] = tensors
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def read(self, role: str, layer: int, block_ids: Sequence[int], length: int) -> torch.Tensor:
+        """A copy of a sequence's keys or values: [num_kv_heads, length, head_dim]."""
+        cache = self.tensors[f"{role}:{layer}"]
+        pages = cache[torch.tensor(block_ids, dtype=torch.long, device=cache.device)]
+        return pages.transpose(0, 1).flatten(1, 2)[:, :length]
+
+    def poison(self, block_ids: Sequence[int]) -> None:
+        """Fill blocks with NaN, so that a test sees whoever reads them."""
+        for tensor in self.tensors.values():
+            tensor[list(block_ids)] = float("nan")
+
+
+def block_bytes(spec: CacheSpec, block_size: int) -> int:
+    return spec.bytes_per_token * block_size
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Memory that can be taken on a device now; on the CPU within a container's limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min(_system_free_bytes(), _container_free_bytes())
+
+
+def _system_free_bytes() -> int:
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        import psutil  # only where the system tells nothing itself; accelerate brings it along
+
+        return psutil.virtual_memory().available
+
+
+def _container_free_bytes() -> int:
+    """What a cgroup (v2) still allows; without one, more than any machine has."""
+    unlimited = 1 << 60
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = Path("/sys/fs/cgroup/memory.current").read_text().strip()
+    except OSError:
+        return unlimited
+    return unlimited if limit == "max" else max(0, int(limit) - int(used))

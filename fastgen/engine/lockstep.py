@@ -1,0 +1,63 @@
+"""Rows that step together, their tokens chosen by the caller instead of the engine's sampler."""
+
+from __future__ import annotations
+
+import queue
+from typing import TYPE_CHECKING
+
+import torch
+
+from .request import Request
+
+if TYPE_CHECKING:
+    from .engine import EngineCore
+
+
+class LockstepGroup:
+    """A batch of B requests whose t-th tokens are chosen in one go from logits [B, vocab_size].
+
+    The caller alternates `next_logits` and `feed` from its own thread and leaves the `with` block
+    to end all rows. The engine may compute the rows in different steps, in chunks or again after a
+    preemption: a row that is ready waits for the others.
+    """
+
+    def __init__(self, engine: EngineCore, requests: list[Request]) -> None:
+        self._engine = engine
+        self.requests = requests
+        self._rows: dict[int, torch.Tensor] = {}
+        self._ready: queue.SimpleQueue = queue.SimpleQueue()
+        for row, request in enumerate(requests):
+            request.group, request.row = self, row
+
+    def __enter__(self) -> LockstepGroup:
+        self._engine.submit_all(self.requests, together=True)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._engine.cancel_all(self.requests)
+
+    def next_logits(self) -> torch.Tensor:
+        """Wait for the logits of all rows: [B, vocab_size], the model's dtype, the caller's own.
+
+        Raises: whatever ended a row.
+        """
+        result = self._ready.get()
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    def feed(self, token_ids: list[int]) -> None:
+        """The next token of every row."""
+        self._engine.feed(self, token_ids)
+
+    def offer(self, request: Request, logits: torch.Tensor) -> None:
+        """Called by the engine: one row's logits [vocab_size]."""
+        self._rows[request.row] = logits
+        if len(self._rows) == len(self.requests):
+            rows = [self._rows[row] for row in range(len(self.requests))]
+            self._rows.clear()
+            self._ready.put(torch.stack(rows))
+
+    def fail(self, error: BaseException) -> None:
+        """Called by the engine: a row has ended by an error."""
+        self._ready.put(error)

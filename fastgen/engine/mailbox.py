@@ -1,0 +1,69 @@
+"""How other threads reach the engine thread: functions posted in order, and a way to stop."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from ..errors import EngineClosedError
+
+
+class Mailbox:
+    """A queue of functions for one thread, which waits here while it has nothing to do."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._messages: deque[Callable[[], Any]] = deque()
+        self._closed = False
+        self.thread: threading.Thread | None = None
+
+    def post(self, message: Callable[[], Any]) -> None:
+        """Have the thread run `message` before its next step.
+
+        Raises: EngineClosedError after `close`.
+        """
+        with self._condition:
+            if self._closed:
+                raise EngineClosedError("the engine is closed; make a new one")
+            self._messages.append(message)
+            self._condition.notify()
+
+    def call(self, message: Callable[[], Any]) -> Any:
+        """Run `message` on the thread, wait, and return or raise what it did."""
+        if threading.current_thread() is self.thread:
+            return message()
+        future: Future = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(message())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self.post(run)
+        return future.result()
+
+    def take(self) -> list[Callable[[], Any]]:
+        """All messages posted so far, without waiting."""
+        with self._condition:
+            messages = list(self._messages)
+            self._messages.clear()
+            return messages
+
+    def wait(self) -> bool:
+        """Wait for a message; False once closed and empty."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._messages or self._closed)
+            return bool(self._messages)
+
+    def close(self, join: bool = True) -> None:
+        """Take no more messages; the thread ends after those it has."""
+        with self._condition:
+            self._closed = True
+            self._condition.notify()
+        thread = self.thread
+        if join and thread is not None and thread is not threading.current_thread():
+            thread.join(timeout=10)

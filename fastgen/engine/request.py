@@ -1,0 +1,124 @@
+"""One sequence on its way through the engine. No torch here: ids, counts, blocks and times."""
+
+from __future__ import annotations
+
+import enum
+import itertools
+import queue
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ..config import SamplingParams
+from ..outputs import RequestMetrics
+
+if TYPE_CHECKING:
+    from .lockstep import LockstepGroup
+
+_request_ids = itertools.count()
+
+
+class RequestStatus(enum.Enum):
+    """WAITING (new or preempted) -> RUNNING (holds blocks) -> FINISHED; RUNNING -> WAITING."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt and what is generated for it.
+
+    There are no phases: the scheduler lets num_computed_tokens (keys and values in the cache)
+    catch up with num_tokens (prompt and output). A request that has caught up is sampled, or, in
+    a lockstep group, waits for its token.
+
+    Attributes:
+        prompt_token_ids: Not empty, unless query_token_id is set.
+        stop_token_ids: Ids that end the request, the model's end tokens included.
+        query_token_id: A last prompt token that is asked but not stored: transformers computes
+            the first new token of a right-padded row from a padding token that nobody attends to.
+        first_output_position: Position of the first generated token; prompts start at 0.
+        group, row: The lockstep group that chooses this request's tokens, and its row there.
+        stream: Whether every token is put into `events`, or only the end.
+        seed: Of the request's own generator; set when it is submitted.
+        events: Receives ("token", id) for each token and ("finish", reason) once.
+    """
+
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    stop_token_ids: frozenset[int] = frozenset()
+    query_token_id: int | None = None
+    query_position: int = 0
+    first_output_position: int | None = None
+    group: LockstepGroup | None = None
+    row: int = 0
+    stream: bool = False
+    seed: int = 0
+
+    request_id: int = field(default_factory=lambda: next(_request_ids))
+    output_token_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    block_ids: list[int] = field(default_factory=list)
+    status: RequestStatus = RequestStatus.WAITING
+    finish_reason: str | None = None
+    error: BaseException | None = None
+    query_done: bool = False
+    num_preemptions: int = 0
+    events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
+    arrival_time: float = field(default_factory=time.perf_counter)
+    scheduled_time: float | None = None
+    first_token_time: float | None = None
+    finish_time: float | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def max_num_tokens(self) -> int:
+        """Tokens in the cache at the end; the last generated token is never computed."""
+        return len(self.prompt_token_ids) + self.sampling.max_tokens - 1
+
+    @property
+    def needs_query(self) -> bool:
+        """Whether the unstored query token must run before the first token can be sampled."""
+        return self.query_token_id is not None and not self.query_done and not self.output_token_ids
+
+    def token_ids(self, start: int, end: int) -> list[int]:
+        """Prompt and output ids [start, end)."""
+        num_prompt = len(self.prompt_token_ids)
+        if start >= num_prompt:
+            return self.output_token_ids[start - num_prompt : end - num_prompt]
+        if end <= num_prompt:
+            return self.prompt_token_ids[start:end]
+        return self.prompt_token_ids[start:] + self.output_token_ids[: end - num_prompt]
+
+    def positions(self, start: int, end: int) -> range | list[int]:
+        """Positions of the tokens [start, end)."""
+        num_prompt = len(self.prompt_token_ids)
+        if self.first_output_position in (None, num_prompt) or end <= num_prompt:
+            return range(start, end)
+        offset = self.first_output_position - num_prompt  # pyright: ignore
+        return [i if i < num_prompt else i + offset for i in range(start, end)]
+
+    def metrics(self) -> RequestMetrics:
+        def ms(end: float | None) -> float | None:
+            return None if end is None else (end - self.arrival_time) * 1e3
+
+        num_output = len(self.output_token_ids)
+        ttft, e2e = ms(self.first_token_time), ms(self.finish_time)
+        tpot = None
+        if ttft is not None and e2e is not None and num_output > 1:
+            tpot = (e2e - ttft) / (num_output - 1)
+        return RequestMetrics(
+            num_prompt_tokens=len(self.prompt_token_ids),
+            num_output_tokens=num_output,
+            queue_time_ms=ms(self.scheduled_time),
+            ttft_ms=ttft,
+            tpot_ms=tpot,
+            e2e_ms=e2e,
+            output_tokens_per_s=num_output / e2e * 1e3 if e2e else None,
+            num_preemptions=self.num_preemptions,
+        )

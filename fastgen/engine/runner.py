@@ -1,0 +1,35 @@
+"""Runs a scheduled step: batch, graph, logits. Owns the cache tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..compiled import CompiledForward
+from .batch import build_batch
+from .kv_cache import KVCache
+from .scheduler import SchedulerOutput
+
+
+class Runner:
+    """The compiled forward and its KV cache on one device."""
+
+    def __init__(self, compiled: CompiledForward, kv_cache: KVCache, device: torch.device) -> None:
+        self.compiled, self.kv_cache, self.device = compiled, kv_cache, device
+
+    @torch.inference_mode()
+    def run(self, output: SchedulerOutput) -> torch.Tensor:
+        """Run one step; logits [rows that sample, vocab_size] in the order of `scheduled`."""
+        batch = build_batch(output, self.kv_cache.block_size, self.device)
+        return self.compiled(batch, self.kv_cache)
+
+    def read_cache(self, block_ids: Sequence[int], length: int) -> list[tuple[torch.Tensor, ...]]:
+        """Copies of a sequence's keys and values: per layer two [num_kv_heads, length, head_dim]."""
+        return [
+            (
+                self.kv_cache.read("key", layer, block_ids, length),
+                self.kv_cache.read("value", layer, block_ids, length),
+            )
+            for layer in range(len(self.kv_cache.spec.layers))
+        ]

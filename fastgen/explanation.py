@@ -1,0 +1,78 @@
+"""The text and JSON of `fastgen.explain(model)`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .config import Config
+from .outputs import EngineMetrics
+from .passes import CacheSpec, Report
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Everything that was done to one model; str() is for people, to_json() for programs."""
+
+    model: str
+    device: str
+    config: Config
+    max_model_len: int
+    spec: CacheSpec
+    report: Report
+    seconds: dict[str, float]
+    fallbacks: dict[str, int]
+    metrics: EngineMetrics | None
+
+    def to_dict(self) -> dict[str, Any]:
+        layers = [{**asdict(layer), "dtype": str(layer.dtype)} for layer in self.spec.layers]
+        return {
+            "model": self.model,
+            "device": self.device,
+            "config": asdict(self.config),
+            "max_model_len": self.max_model_len,
+            "cache": {"bytes_per_token": self.spec.bytes_per_token, "layers": layers},
+            **self.report.to_dict(),
+            "seconds": self.seconds,
+            "fallbacks": self.fallbacks,
+            "metrics": None if self.metrics is None else asdict(self.metrics),
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        layer = self.spec.layers[0]
+        dtype = str(layer.dtype).removeprefix("torch.")
+        lines = [
+            f"{self.model} on {self.device}, one graph of {len(self.spec.layers)} attention layers",
+            f"  KV cache      {self.spec.bytes_per_token} bytes per token ({dtype}, "
+            f"{layer.num_kv_heads} KV heads x {layer.head_dim}), blocks of "
+            f"{self.config.block_size}; sequences of up to {self.max_model_len} tokens",
+        ]
+        for item in self.report.passes:
+            lines.append(f"  pass          {item.name}: {item.matches} ({item.status})")
+            lines.extend(f"    refused     {where}: {why}" for where, why in item.refused)
+        for op, chosen in self.report.kernels.items():
+            for name, entry in chosen.items():
+                lines.append(f"  kernel        {op} x {entry['calls']}: {name}")
+                lines.extend(f"    not {who}: {why}" for who, why in entry["refused"].items())
+        times = ", ".join(f"{name} {value:.2f} s" for name, value in self.seconds.items())
+        lines.append(f"  time          {times}")
+        lines.extend(self._traffic())
+        return "\n".join(lines)
+
+    def _traffic(self) -> list[str]:
+        lines = []
+        if (metrics := self.metrics) is not None:
+            lines.append(
+                f"  engine        {metrics.engine_steps} steps, {metrics.prompt_tokens} prompt and "
+                f"{metrics.output_tokens} output tokens, {metrics.preemptions} preemptions, "
+                f"cache waste {metrics.cache_waste:.1%}"
+            )
+        if not self.fallbacks:
+            lines.append("  fallbacks     none")
+        for reason, count in self.fallbacks.items():
+            lines.append(f"  fallback      {count} x transformers' loop: {reason}")
+        return lines

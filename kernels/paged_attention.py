@@ -1,0 +1,233 @@
+"""Causal attention of packed queries over a paged KV cache, which it extends first.
+
+    1. key_cache[slot] = key, value_cache[slot] = value for every new token
+    2. for each sequence: attention of its new queries over the keys its block table names
+
+Source: Kwon et al. 2023, arXiv:2309.06180.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .attention import attend_reference, attend_sdpa, check_heads, sdpa_refuses
+from .registry import register
+
+
+def write_cache(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """Store new keys and values in their slots; padding (slot -1) goes to the null block, 0."""
+    block_size = key_cache.shape[2]
+    slots = slot_mapping.clamp(min=0)
+    blocks, offsets = slots // block_size, slots % block_size
+    key_cache[blocks, :, offsets] = key
+    value_cache[blocks, :, offsets] = value
+
+
+def read_cache(cache: torch.Tensor, block_ids: torch.Tensor, length: int) -> torch.Tensor:
+    """The first `length` slots of one sequence as [length, num_kv_heads, head_dim]."""
+    num_kv_heads, head_dim = cache.shape[1], cache.shape[3]
+    pages = cache.index_select(0, block_ids)  # [blocks, num_kv_heads, block_size, head_dim]
+    return pages.transpose(1, 2).reshape(-1, num_kv_heads, head_dim)[:length]
+
+
+@torch.library.custom_op(
+    "fastgen::paged_attention", mutates_args=("key_cache", "value_cache"), device_types=None
+)
+def paged_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Write this step's keys and values into the cache, then attend through the block table.
+
+    Args:
+        query: [num_tokens, num_heads, head_dim], fp16/bf16/fp32, last dim contiguous.
+        key: [num_tokens, num_kv_heads, head_dim]. value: [num_tokens, num_kv_heads, v_head_dim].
+        key_cache, value_cache: [num_blocks, num_kv_heads, block_size, head_dim or v_head_dim];
+            mutated. Writes are idempotent: a repeated step gives the same cache.
+        slot_mapping: [num_tokens] int64, block_id * block_size + offset; -1: not stored (it goes
+            to block 0, the null block, which no sequence reads).
+        block_table: [num_seqs, max_blocks_per_seq] int32; entries past seq_lens are never read.
+        query_start_loc: [num_seqs + 1] int32, prefix sum of new tokens.
+        seq_lens: [num_seqs] int32, in tokens, including this step's. A query of a sequence stands
+            at position seq_len - (its new tokens) + i.
+        scale, window, softcap, sinks: as in `attention`.
+    Returns: [num_tokens, num_heads, v_head_dim], contiguous, dtype of query; rows past
+        query_start_loc[-1] are zero.
+    Raises: ValueError if the heads do not fit.
+    Numerics: fp32 throughout, rounded once at the end.
+    """
+    check_heads(query, key, value)
+    return paged_attention_reference(
+        query,
+        key,
+        value,
+        key_cache,
+        value_cache,
+        slot_mapping,
+        block_table,
+        query_start_loc,
+        seq_lens,
+        scale,
+        window,
+        softcap,
+        sinks,
+    )
+
+
+@paged_attention.register_fake
+def _(
+    query,
+    key,
+    value,
+    key_cache,
+    value_cache,
+    slot_mapping,
+    block_table,
+    query_start_loc,
+    seq_lens,
+    scale,
+    window,
+    softcap,
+    sinks,
+):
+    check_heads(query, key, value)
+    return query.new_empty((query.shape[0], query.shape[1], value.shape[2]))
+
+
+def paged_attention_reference(
+    query,
+    key,
+    value,
+    key_cache,
+    value_cache,
+    slot_mapping,
+    block_table,
+    query_start_loc,
+    seq_lens,
+    scale,
+    window,
+    softcap,
+    sinks,
+):
+    write_cache(key, value, key_cache, value_cache, slot_mapping)
+    output = query.new_zeros((query.shape[0], query.shape[1], value.shape[2]))
+    starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
+    for sequence, length in enumerate(lengths):
+        start, end = starts[sequence], starts[sequence + 1]
+        blocks = block_table[sequence, : -(-length // key_cache.shape[2])]
+        output[start:end] = attend_reference(
+            query[start:end],
+            read_cache(key_cache, blocks, length),
+            read_cache(value_cache, blocks, length),
+            scale,
+            window,
+            softcap,
+            sinks,
+        )
+    return output
+
+
+def paged_attention_sdpa(
+    query,
+    key,
+    value,
+    key_cache,
+    value_cache,
+    slot_mapping,
+    block_table,
+    query_start_loc,
+    seq_lens,
+    scale,
+    window,
+    softcap,
+    sinks,
+):
+    """torch's fused attention: all one-token sequences in one call, each prompt chunk in its own.
+
+    A sequence with one new token needs no causal mask, so its grouped heads become the query rows
+    of one attention per KV head over pages padded to the longest such sequence.
+    """
+    write_cache(key, value, key_cache, value_cache, slot_mapping)
+    output = query.new_zeros((query.shape[0], query.shape[1], value.shape[2]))
+    starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
+    single = []
+    for sequence, length in enumerate(lengths):
+        start, end = starts[sequence], starts[sequence + 1]
+        if end - start == 1:
+            single.append(sequence)
+        elif end > start:
+            blocks = block_table[sequence, : -(-length // key_cache.shape[2])]
+            output[start:end] = attend_sdpa(
+                query[start:end],
+                read_cache(key_cache, blocks, length),
+                read_cache(value_cache, blocks, length),
+                scale,
+                window,
+            )
+    if single:
+        rows = torch.tensor(single, device=query.device)
+        tokens = query_start_loc.index_select(0, rows).long()
+        output[tokens] = _attend_single(
+            query.index_select(0, tokens),
+            key_cache,
+            value_cache,
+            block_table.index_select(0, rows),
+            seq_lens.index_select(0, rows),
+            max(lengths[sequence] for sequence in single),
+            scale,
+            window,
+        )
+    return output
+
+
+def _attend_single(query, key_cache, value_cache, block_table, seq_lens, longest, scale, window):
+    """One query per sequence: [num_seqs, num_heads, head_dim] over pages cut at `longest`."""
+    num_seqs, num_heads, head_dim = query.shape
+    num_kv_heads, block_size = key_cache.shape[1], key_cache.shape[2]
+    num_pages = -(-longest // block_size)
+    positions = torch.arange(num_pages * block_size, device=query.device)
+    hidden = positions[None] >= seq_lens[:, None]
+    if window:
+        hidden |= positions[None] < seq_lens[:, None] - window
+    table = block_table[:, :num_pages]
+    used = positions[::block_size][None] < seq_lens[:, None]
+    pages = torch.where(used, table, 0).reshape(-1)  # entries past a sequence's end may be anything
+
+    def padded(cache: torch.Tensor) -> torch.Tensor:
+        gathered = cache.index_select(0, pages).view(
+            num_seqs, num_pages, num_kv_heads, block_size, -1
+        )
+        gathered = gathered.transpose(1, 2).reshape(num_seqs, num_kv_heads, positions.numel(), -1)
+        # A freed block may hold NaN, and 0 * NaN is NaN: hidden slots must be zero, not masked.
+        return gathered.masked_fill_(hidden[:, None, :, None], 0)
+
+    output = F.scaled_dot_product_attention(
+        query.view(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim),
+        padded(key_cache),
+        padded(value_cache),
+        attn_mask=~hidden[:, None, None, :],
+        scale=scale,
+    )
+    return output.reshape(num_seqs, num_heads, -1)
+
+
+register("fastgen::paged_attention", "reference", paged_attention_reference)
+register("fastgen::paged_attention", "sdpa", paged_attention_sdpa, sdpa_refuses)

@@ -1,0 +1,22 @@
+"""Rewrites of a captured graph: one file per pass. Installed as `fastgen.passes`."""
+
+if __name__ != "fastgen.passes":
+    raise ImportError(f"import this package as fastgen.passes, not as {__name__}")
+
+from .graph import BATCH_INPUTS, CapturedGraph, InputSpec, MergePlan
+from .insert_paged_cache import CacheSpec, LayerCache
+from .pipeline import PASSES, run_passes
+from .report import PassReport, Report
+
+__all__ = [
+    "BATCH_INPUTS",
+    "PASSES",
+    "CacheSpec",
+    "CapturedGraph",
+    "InputSpec",
+    "LayerCache",
+    "MergePlan",
+    "PassReport",
+    "Report",
+    "run_passes",
+]

@@ -1,0 +1,100 @@
+"""canonicalize: what torch.export leaves around the arithmetic is taken away.
+
+Regions that only switch gradients or autocast off -> their body, inlined.
+`_assert_tensor_metadata`, `to` and `dropout` that change nothing, `x * 1.0` -> their input.
+Required: the region's switch is off (an enabled autocast is refused). Numerics: bit-equal.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from .graph import CapturedGraph
+from .report import PassReport
+
+aten = torch.ops.aten
+_REGIONS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
+
+
+def canonicalize(captured: CapturedGraph) -> PassReport:
+    report = PassReport("canonicalize")
+    graph = captured.graph
+    for node in list(graph.nodes):
+        if node.op == "call_function" and getattr(node.target, "__name__", "") in _REGIONS:
+            report.matches += _inline_region(captured.module, node)
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+            report.matches += 1
+        elif (same := _identity_of(node)) is not None:
+            node.replace_all_uses_with(same)
+            graph.erase_node(node)
+            report.matches += 1
+    graph.eliminate_dead_code()
+    captured.module.delete_all_unused_submodules()
+    captured.remove_unused_inputs()
+    return report
+
+
+def _inline_region(module: fx.GraphModule, node: fx.Node) -> int:
+    """Replace a call of a region's submodule by the submodule's nodes."""
+    kind = node.target.__name__  # pyright: ignore
+    position = next(i for i, arg in enumerate(node.args) if _is_submodule(arg))
+    switches = node.args[:position]
+    enabled = switches[0] if kind == "wrap_with_set_grad_enabled" else switches[2]
+    if kind == "wrap_with_autocast" and enabled:
+        raise ValueError(f"{node.name} computes under an enabled autocast {switches}")
+    submodule_node = node.args[position]
+    body = getattr(module, submodule_node.target)  # pyright: ignore
+    values = dict(
+        zip(
+            [inner for inner in body.graph.nodes if inner.op == "placeholder"],
+            node.args[position + 1 :],
+            strict=True,
+        )
+    )
+    with module.graph.inserting_before(node):
+        results: tuple = ()
+        for inner in body.graph.nodes:
+            if inner.op == "output":
+                results = fx.map_arg(inner.args[0], lambda arg: values[arg])
+            elif inner.op != "placeholder":
+                values[inner] = module.graph.node_copy(inner, lambda arg: values[arg])
+    for user in list(node.users):
+        user.replace_all_uses_with(results[user.args[1]])
+        module.graph.erase_node(user)
+    module.graph.erase_node(node)
+    return 1
+
+
+def _is_submodule(arg: object) -> bool:
+    return isinstance(arg, fx.Node) and arg.op == "get_attr"
+
+
+def _identity_of(node: fx.Node) -> fx.Node | None:
+    """The input that this node returns unchanged, if it does."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node):
+        return None
+    value, result = source.meta.get("val"), node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not isinstance(result, torch.Tensor):
+        return None
+    same = value.dtype == result.dtype and value.device == result.device
+    match node.target:
+        case aten.to.dtype | aten.to.device | aten.to.dtype_layout | aten._to_copy.default:
+            return source if same and not node.kwargs.get("copy") else None
+        case aten.dropout.default:
+            _, probability, training = node.args
+            return source if not training or probability == 0 else None
+        case aten.mul.Tensor:
+            return source if same and node.args[1] == 1.0 and _is_number(node.args[1]) else None
+        case aten.alias.default | aten.detach.default:
+            return source
+    return None
+
+
+def _is_number(arg: object) -> bool:
+    return isinstance(arg, float | int) and not isinstance(arg, bool)

@@ -1,0 +1,125 @@
+"""The one form in which a model's graph travels: `CapturedGraph`.
+
+The graph has placeholders only: every parameter, buffer, batch tensor and cache is an input, named
+in `inputs`. It is written in ATen as torch.export leaves it before decomposition (`aten.linear` is
+one node) plus the ops of `fastgen.kernels`. Its one output is the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import fx
+
+InputKind = Literal["parameter", "buffer", "constant", "merged", "batch", "cache"]
+
+# Batch tensors a captured graph starts with; insert_paged_cache adds the rest of ForwardBatch.
+BATCH_INPUTS = ("input_ids", "positions", "logits_indices")
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What a placeholder is fed with.
+
+    target: the parameter's or buffer's qualified name in the live model, the constant's key, the
+    merge plan's name, the batch field, or for a cache "key:<layer>" / "value:<layer>".
+    """
+
+    kind: InputKind
+    target: str
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A weight that is the concatenation along dim 0 of parameters of the live model."""
+
+    name: str
+    members: tuple[str, ...]
+
+
+@dataclass
+class CapturedGraph:
+    """A model's forward over packed tokens, and what its placeholders mean.
+
+    inputs: placeholder name -> meaning, in the graph's order. constants: tensors the forward
+    created while it was traced. parameter_refusals: parameter name -> why it must not be merged
+    (tied, parametrised, storage shared), known only where the live model is at hand.
+    """
+
+    module: fx.GraphModule
+    inputs: dict[str, InputSpec]
+    num_layers: int
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    parameter_refusals: dict[str, str] = field(default_factory=dict)
+    merges: list[MergePlan] = field(default_factory=list)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+    def copy(self) -> CapturedGraph:
+        """A copy whose graph can be changed; weights and constants are shared."""
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        graph.output(graph.graph_copy(self.graph, val_map=copies))
+        for old, new in copies.items():
+            new.meta = dict(old.meta)
+        module = fx.GraphModule(self.module, graph)
+        return CapturedGraph(
+            module,
+            dict(self.inputs),
+            self.num_layers,
+            self.constants,
+            self.parameter_refusals,
+            list(self.merges),
+        )
+
+    def placeholders(self) -> list[fx.Node]:
+        return [node for node in self.graph.nodes if node.op == "placeholder"]
+
+    def placeholder(self, kind: InputKind, target: str) -> fx.Node:
+        """The placeholder with this meaning; KeyError if there is none."""
+        for node in self.placeholders():
+            if self.inputs[node.name] == InputSpec(kind, target):
+                return node
+        raise KeyError(f"the graph has no {kind} input {target!r}")
+
+    def add_input(self, name: str, spec: InputSpec, value: torch.Tensor) -> fx.Node:
+        """Append a placeholder after the existing ones; value is its fake tensor."""
+        last = self.placeholders()[-1]
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(name)
+        node.meta["val"] = value
+        self.inputs[node.name] = spec
+        return node
+
+    def remove_unused_inputs(self) -> None:
+        """Drop parameters, buffers and constants that no node reads any more."""
+        for node in self.placeholders():
+            if not node.users and self.inputs[node.name].kind in (
+                "parameter",
+                "buffer",
+                "constant",
+                "merged",
+            ):
+                del self.inputs[node.name]
+                self.graph.erase_node(node)
+        used = {spec.target for spec in self.inputs.values() if spec.kind == "merged"}
+        self.merges = [plan for plan in self.merges if plan.name in used]
+
+    def output_value(self) -> torch.Tensor:
+        """The fake tensor of the logits."""
+        output = next(node for node in self.graph.nodes if node.op == "output")
+        return output.args[0].meta["val"]  # pyright: ignore
+
+
+def fake_mode_of(nodes: Sequence[fx.Node]):
+    """The FakeTensorMode the graph was traced in."""
+    for node in nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch._subclasses.FakeTensor):
+            return value.fake_mode
+    raise AssertionError("the graph carries no fake tensors")

@@ -1,0 +1,139 @@
+"""insert_paged_cache: `fastgen::attention` -> `fastgen::paged_attention`.
+
+The cache tensors of each layer and the batch metadata become inputs of the graph; what the cache
+must look like is read from the keys and values that the graph computes, and emitted as the
+`CacheSpec`. Required: every attention has its own layer index. Numerics: bit-equal attention over
+the same keys. The op mutates the cache inputs themselves: mutating a view of them would make a
+compiler clone the cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+from .graph import CapturedGraph, InputSpec, fake_mode_of
+from .report import PassReport
+
+# Batch tensors that the paged op reads, with the example shapes that their fakes are made from.
+_METADATA = {
+    "slot_mapping": ((8,), torch.int64),
+    "block_table": ((3, 5), torch.int32),
+    "query_start_loc": ((4,), torch.int32),
+    "seq_lens": ((3,), torch.int32),
+}
+_EXAMPLE_BLOCKS, _EXAMPLE_BLOCK_SIZE = 11, 16
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """What one attention layer keeps per token.
+
+    kind: "kv" (later latent, recurrent, conv). window: keys a query sees, 0 for all. layout names
+    how a block's slots lie in memory; "canonical" is [num_kv_heads, block_size, head_dim].
+    """
+
+    kind: str
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    dtype: torch.dtype
+    window: int
+    layout: str = "canonical"
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.num_kv_heads * (self.head_dim + self.v_head_dim) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """The KV cache a graph needs: one entry per attention layer, in the order of its inputs."""
+
+    layers: tuple[LayerCache, ...]
+
+    @property
+    def bytes_per_token(self) -> int:
+        return sum(layer.bytes_per_token for layer in self.layers)
+
+
+def insert_paged_cache(captured: CapturedGraph) -> PassReport:
+    report = PassReport("insert_paged_cache")
+    attentions = [
+        node for node in captured.graph.nodes if node.target is torch.ops.fastgen.attention.default
+    ]
+    if not attentions:
+        return report
+    fake_mode = fake_mode_of(captured.placeholders())
+    device = attentions[0].meta["val"].device
+
+    def fake(shape: tuple[int, ...], dtype: torch.dtype, dynamic: tuple[int, ...]) -> Any:
+        sizes = [
+            DimDynamic.DYNAMIC if i in dynamic else DimDynamic.STATIC for i in range(len(shape))
+        ]
+        context = StatelessSymbolicContext(dynamic_sizes=sizes)
+        example = torch.empty(shape, dtype=dtype, device="meta")
+        value = fake_mode.from_tensor(example, symbolic_context=context, static_shapes=False)
+        with fake_mode:
+            return value.new_empty(value.shape, device=device)
+
+    metadata = [
+        captured.add_input(name, InputSpec("batch", name), fake(shape, dtype, (0, 1)))
+        for name, (shape, dtype) in _METADATA.items()
+    ]
+    caches = _add_caches(captured, attentions, fake)
+    for node, cache in zip(attentions, caches, strict=True):
+        query, key, value, _, scale, window, softcap, sinks, _ = node.args
+        with captured.graph.inserting_before(node):
+            paged = captured.graph.call_function(
+                torch.ops.fastgen.paged_attention.default,
+                (query, key, value, *cache, *metadata, scale, window, softcap, sinks),
+            )
+        paged.meta = dict(node.meta)
+        node.replace_all_uses_with(paged)
+        captured.graph.erase_node(node)
+        report.matches += 1
+    return report
+
+
+def _add_caches(
+    captured: CapturedGraph, attentions: list[fx.Node], fake
+) -> list[tuple[fx.Node, fx.Node]]:
+    """A key and a value cache input per attention, in graph order."""
+    layers = [node.args[8] for node in attentions]
+    if len(set(layers)) < len(layers):
+        raise ValueError(f"each layer may have one attention, got layers {layers}")
+    caches = []
+    for index, node in enumerate(attentions):
+        pair = []
+        for role, argument in (("key", node.args[1]), ("value", node.args[2])):
+            _, num_kv_heads, head_dim = argument.meta["val"].shape  # pyright: ignore
+            shape = (_EXAMPLE_BLOCKS, num_kv_heads, _EXAMPLE_BLOCK_SIZE, head_dim)
+            value = fake(shape, argument.meta["val"].dtype, (0, 2))  # pyright: ignore
+            spec = InputSpec("cache", f"{role}:{index}")
+            pair.append(captured.add_input(f"{role}_cache_{index}", spec, value))
+        caches.append(tuple(pair))
+    return caches
+
+
+def cache_spec(captured: CapturedGraph) -> CacheSpec:
+    """The spec of a graph with a paged cache, read from its attention nodes in graph order."""
+    layers = []
+    for node in captured.graph.nodes:
+        if node.target is torch.ops.fastgen.paged_attention.default:
+            key, value = node.args[1].meta["val"], node.args[2].meta["val"]
+            layers.append(
+                LayerCache(
+                    kind="kv",
+                    num_kv_heads=int(key.shape[1]),
+                    head_dim=int(key.shape[2]),
+                    v_head_dim=int(value.shape[2]),
+                    dtype=key.dtype,
+                    window=node.args[10],
+                )
+            )
+    return CacheSpec(tuple(layers))

@@ -1,0 +1,94 @@
+"""The passes in order, each run on a copy that is committed or thrown away."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from .canonicalize import canonicalize
+from .graph import CapturedGraph, fake_mode_of
+from .insert_paged_cache import insert_paged_cache
+from .merge_linears import merge_linears
+from .report import PassReport, Report
+
+logger = logging.getLogger("fastgen")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A rewrite: `run` changes the graph it is given and returns its report.
+
+    A required pass cannot be switched off, and its failure is the caller's error.
+    """
+
+    run: Callable[[CapturedGraph], PassReport]
+    required: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.run.__name__
+
+
+PASSES: tuple[Pass, ...] = (
+    Pass(canonicalize, required=True),
+    Pass(merge_linears),
+    Pass(insert_paged_cache, required=True),
+)
+
+
+def run_passes(
+    captured: CapturedGraph, passes_off: Sequence[str] = (), passes: Sequence[Pass] = PASSES
+) -> tuple[CapturedGraph, Report]:
+    """Run the passes over a copy of `captured`, which stays as it is.
+
+    A pass that raises or leaves a graph that does not check is rolled back: named in the report
+    and logged if it is optional, raised if it is required.
+
+    Raises: ValueError if passes_off names an unknown or a required pass.
+    """
+    optional = [item.name for item in passes if not item.required]
+    for name in passes_off:
+        if name not in optional:
+            raise ValueError(f"passes_off may name {', '.join(optional)}; got {name!r}")
+    report, current = Report(), captured
+    for item in passes:
+        if item.name in passes_off:
+            report.passes.append(PassReport(item.name, status="off"))
+            continue
+        start = time.perf_counter()
+        candidate = current.copy()
+        try:
+            result = item.run(candidate)
+            check(current, candidate)
+        except Exception as error:
+            if item.required:
+                raise
+            logger.warning("pass %s failed and was rolled back: %s", item.name, error)
+            result = PassReport(item.name, status="rolled back")
+            result.refuse("the whole graph", f"{type(error).__name__}: {error}")
+            candidate = current
+        result.seconds = time.perf_counter() - start
+        report.passes.append(result)
+        current = candidate
+    return current, report
+
+
+def check(before: CapturedGraph, after: CapturedGraph) -> None:
+    """Lint the graph, rerun it on fake tensors, compare the output and the list of inputs."""
+    after.graph.lint()
+    after.module.recompile()
+    names = [node.name for node in after.placeholders()]
+    assert names == list(after.inputs), f"inputs {list(after.inputs)} do not name {names}"
+    values = [node.meta["val"] for node in after.placeholders()]
+    mode = fake_mode_of(after.placeholders())
+    old = before.output_value()
+    FakeTensorProp(after.module, mode).propagate_dont_convert_inputs(*values)
+    new = after.output_value()
+    assert old.dtype == new.dtype, f"logits were {old.dtype}, are {new.dtype}"
+    assert len(old.shape) == len(new.shape), f"logits were {old.shape}, are {new.shape}"
+    for was, now in zip(old.shape, new.shape, strict=True):
+        assert str(was) == str(now), f"logits were {old.shape}, are {new.shape}"
