@@ -140,7 +140,7 @@ def _merge(captured: CapturedGraph, consumer: fx.Node, members: list[fx.Node]) -
         merged_inputs.append(captured.add_input(name, InputSpec("merged", plan.name), value))
     with graph.inserting_before(members[0]):
         merged = graph.call_function(aten.linear.default, (members[0].args[0], *merged_inputs))
-        merged.meta = dict(members[0].meta)
+        merged.meta = {**members[0].meta, "val": _concatenated(members)}
         start = 0
         for member in members:
             end = start + member.args[1].meta["val"].shape[0]  # pyright: ignore
@@ -150,6 +150,10 @@ def _merge(captured: CapturedGraph, consumer: fx.Node, members: list[fx.Node]) -
             start = end
     for member in members:
         graph.erase_node(member)
+
+
+def _concatenated(members: list[fx.Node]) -> torch.Tensor:
+    return torch.cat([member.meta["val"] for member in members], dim=-1)
 
 
 def _order(graph: fx.Graph) -> dict[fx.Node, int]:

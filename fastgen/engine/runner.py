@@ -25,7 +25,7 @@ class Runner:
         return self.compiled(batch, self.kv_cache)
 
     def read_cache(self, block_ids: Sequence[int], length: int) -> list[tuple[torch.Tensor, ...]]:
-        """Copies of a sequence's keys and values: per layer two [num_kv_heads, length, head_dim]."""
+        """A sequence's keys and values, copied: per layer two [num_kv_heads, length, head_dim]."""
         return [
             (
                 self.kv_cache.read("key", layer, block_ids, length),

@@ -1,0 +1,44 @@
+"""Entry point: reads the arguments, runs one command, turns errors into messages."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from .._version import __version__
+from ..errors import FastgenError
+from . import bench, demo, explain, generate
+
+COMMANDS = (demo, generate, explain, bench)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastgen", description="Fast generation for Hugging Face causal LMs."
+    )
+    parser.add_argument("--version", action="version", version=f"fastgen {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for command in COMMANDS:
+        command.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 1 for an error, 2 for bad arguments, 130."""
+    arguments = build_parser().parse_args(argv)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        return arguments.run(arguments)
+    except ImportError as error:
+        if error.name != "rich":
+            raise
+        print("this command needs rich: pip install 'torch-fastgen[cli]'", file=sys.stderr)
+        return 1
+    except (FastgenError, OSError, ValueError) as error:
+        print(f"fastgen: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("fastgen: interrupted", file=sys.stderr)
+        return 130
