@@ -1,22 +1,26 @@
 """Ops and their implementations: one file per op, reference body first.
 
-Installed as `fastgen.kernels`. Hugging Face has a package named `kernels` that transformers looks
-for, so this one must never be importable under that name.
+Installed as `fastgen.kernels`, never as `kernels`, which is the name of a package of Hugging
+Face's. Where Python runs in the repository's root it finds this folder under that name all the
+same, and transformers probes for it: there it is an empty module that looks uninstalled.
 """
 
-if __name__ != "fastgen.kernels":
-    raise ImportError(f"import this package as fastgen.kernels, not as {__name__}")
+if __name__ == "fastgen.kernels":
+    from .attention import attention
+    from .paged_attention import paged_attention
+    from .registry import CallSite, Choice, Implementation, implementations, select
 
-from .attention import attention
-from .paged_attention import paged_attention
-from .registry import CallSite, Choice, Implementation, implementations, select
+    __all__ = [
+        "CallSite",
+        "Choice",
+        "Implementation",
+        "attention",
+        "implementations",
+        "paged_attention",
+        "select",
+    ]
+else:
+    __file__ = None  # what transformers takes for "not an installed package"
 
-__all__ = [
-    "CallSite",
-    "Choice",
-    "Implementation",
-    "attention",
-    "implementations",
-    "paged_attention",
-    "select",
-]
+    def __getattr__(name: str):
+        raise AttributeError(f"import this package as fastgen.kernels, not as {__name__} ({name})")

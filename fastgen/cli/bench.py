@@ -316,8 +316,8 @@ def show(result: dict[str, Any]) -> None:
     )
     console.print(
         f"parity: passed; fp32 tokens equal on {parity['fp32_requests']} requests "
-        f"({parity['fp32_tokens']} tokens, {parity['chunked_requests']} chunked); first-step logits "
-        f"off by {parity['logits_error']:.2e}, transformers' own by "
+        f"({parity['fp32_tokens']} tokens, {parity['chunked_requests']} chunked); first-step "
+        f"logits off by {parity['logits_error']:.2e}, transformers' own by "
         f"{parity['transformers_logits_error']:.2e}; equal tokens in {where['dtype']}: "
         f"{parity['equal_token_share']:.0%}"
     )

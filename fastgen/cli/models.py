@@ -63,7 +63,9 @@ def load_model(folder: Path, dtype: str | None, device: str) -> tuple[Any, Any]:
     Raises: OSError if the folder holds no model.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     if str(folder) == "demo":
         folder = demo_model_dir()
     if not (folder / "config.json").is_file():

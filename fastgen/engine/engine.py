@@ -23,6 +23,7 @@ from .request import Request, RequestStatus
 from .runner import Runner
 from .sampler import sample
 from .scheduler import Scheduler, SchedulerOutput
+from .threads import release_openmp_team
 
 logger = logging.getLogger("fastgen")
 
@@ -115,6 +116,7 @@ class EngineCore:
                 seed = int(torch.randint(SEED_MAX, ()))  # so that torch.manual_seed governs it
             request.seed = seed or 0
         self._mailbox.post(lambda: self._admit(requests))
+        release_openmp_team()  # the caller is about to wait
 
     def cancel_all(self, requests: Iterable[Request], wait: bool = True) -> None:
         """End requests wherever they are; their blocks are free when a waiting call returns."""
@@ -257,6 +259,7 @@ class EngineCore:
     def _deliver(self, output: SchedulerOutput, logits: torch.Tensor) -> None:
         """Hand each sampled row's logits to its lockstep group or to the sampler."""
         sampled = [item.request for item in output.scheduled if item.samples]
+        self._counters["output_tokens"] += len(sampled)
         own = [row for row, request in enumerate(sampled) if request.group is None]
         for row, request in enumerate(sampled):
             if request.group is not None:
@@ -277,7 +280,6 @@ class EngineCore:
             return
         assert self._scheduler is not None
         reason = self._scheduler.append_token(request, token_id)
-        self._counters["output_tokens"] += 1
         if request.stream:
             request.events.put(("token", token_id))
         if reason is not None:
@@ -326,7 +328,7 @@ def failure(request: Request) -> RequestFailedError:
 
 def _run_engine(reference: Callable[[], Any], mailbox: Mailbox) -> None:
     """The engine thread: works while there is work, waits without holding the engine."""
-    while mailbox.wait():
+    while mailbox.wait(on_idle=release_openmp_team):
         engine: EngineCore | None = reference()
         if engine is None:
             return

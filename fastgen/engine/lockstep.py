@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .request import Request
+from .threads import release_openmp_team
 
 if TYPE_CHECKING:
     from .engine import EngineCore
@@ -41,6 +42,7 @@ class LockstepGroup:
 
         Raises: whatever ended a row.
         """
+        release_openmp_team()
         result = self._ready.get()
         if isinstance(result, BaseException):
             raise result

@@ -10,6 +10,9 @@ from typing import Any
 
 from ..errors import EngineClosedError
 
+# A lockstep group's caller answers within this time as a rule; then the engine is idle.
+IDLE_SECONDS = 0.01
+
 
 class Mailbox:
     """A queue of functions for one thread, which waits here while it has nothing to do."""
@@ -53,11 +56,16 @@ class Mailbox:
             self._messages.clear()
             return messages
 
-    def wait(self) -> bool:
-        """Wait for a message; False once closed and empty."""
+    def wait(self, on_idle: Callable[[], None] = lambda: None) -> bool:
+        """Wait for a message; False once closed and empty. on_idle runs if none comes soon."""
         with self._condition:
-            self._condition.wait_for(lambda: self._messages or self._closed)
+            if not self._condition.wait_for(self._has_news, timeout=IDLE_SECONDS):
+                on_idle()
+                self._condition.wait_for(self._has_news)
             return bool(self._messages)
+
+    def _has_news(self) -> bool:
+        return bool(self._messages) or self._closed
 
     def close(self, join: bool = True) -> None:
         """Take no more messages; the thread ends after those it has."""

@@ -1,0 +1,758 @@
+"""The scheduler, with ints only: a runner of ints stands for the model and its KV cache.
+
+`IntRunner` stores token ids where keys and values would be and computes the next token from what
+it reads back through the block table. Whatever a schedule does (chunks, preemption, shared steps),
+a request must end with the tokens it gets when it is alone.
+"""
+
+from __future__ import annotations
+
+import ast
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+import fastgen
+from fastgen.config import SamplingParams
+from fastgen.engine.block_pool import BlockPool
+from fastgen.engine.request import Request, RequestStatus
+from fastgen.engine.scheduler import ScheduledRequest, Scheduler, SchedulerOutput
+
+VOCAB = 97
+
+
+def next_token(ids: list[int], query: int | None = None) -> int:
+    """A model of ints: depends on every id and on the order."""
+    state = 1 if query is None else 1000 + query
+    for token_id in ids:
+        state = (state * 31 + token_id + 7) % 1_000_003
+    return state % VOCAB
+
+
+def expected_output(request: Request) -> list[int]:
+    """What a request generates when nothing else runs."""
+    ids, output = list(request.prompt_token_ids), []
+    query = request.query_token_id
+    while len(output) < request.sampling.max_tokens:
+        output.append(next_token(ids + output, query))
+        query = None
+        if output[-1] in request.stop_token_ids:
+            break
+    return output
+
+
+class IntRunner:
+    """Cache slots that hold token ids, and are emptied when their block is freed."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.block_size = block_size
+        self.slots: list[int | None] = [None] * (num_blocks * block_size)
+
+    def _slot(self, request: Request, index: int) -> int:
+        return request.block_ids[index // self.block_size] * self.block_size + (
+            index % self.block_size
+        )
+
+    def run(self, output: SchedulerOutput) -> dict[Request, int]:
+        """Write the scheduled tokens and give the next token of every request that samples."""
+        for block in output.freed_blocks:
+            start = block * self.block_size
+            self.slots[start : start + self.block_size] = [None] * self.block_size
+        sampled = {}
+        for item in output.scheduled:
+            request, end = item.request, item.start
+            if not item.is_query:
+                end += item.num_tokens
+                for index, token_id in enumerate(request.token_ids(item.start, end), item.start):
+                    self.slots[self._slot(request, index)] = token_id
+            seen = [self.slots[self._slot(request, index)] for index in range(end)]
+            assert seen == request.token_ids(0, end), "the cache does not hold the request's tokens"
+            if item.samples:
+                assert end == request.num_tokens, "sampled before it had caught up"
+                query = request.query_token_id if item.is_query else None
+                sampled[request] = next_token(request.token_ids(0, end), query)
+        return sampled
+
+
+class Simulation:
+    """A scheduler and its runner; every step is checked against all invariants.
+
+    Requests in `late` are never given their token by `step`: `feed` does that, as the caller of a
+    lockstep group would.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int = 4,
+        max_num_seqs: int = 8,
+        max_num_batched_tokens: int = 16,
+        scheduler: type[Scheduler] = Scheduler,
+        pool: type[BlockPool] = BlockPool,
+    ) -> None:
+        self.scheduler = scheduler(
+            pool(num_blocks),
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+        )
+        self.runner = IntRunner(num_blocks, block_size)
+        self.requests: list[Request] = []
+        self.late: dict[Request, int | None] = {}
+
+    def add(
+        self, num_prompt: int, max_tokens: int, *, late: bool = False, rng=random, **fields
+    ) -> Request:
+        prompt = [rng.randrange(VOCAB) for _ in range(num_prompt)]
+        request = Request(prompt, SamplingParams(max_tokens=max_tokens, temperature=0.0), **fields)
+        if not self.scheduler.fits([request]):
+            return request
+        self.scheduler.add(request)
+        self.requests.append(request)
+        if late:
+            self.late[request] = None
+        return request
+
+    @property
+    def live(self) -> list[Request]:
+        return [request for request in self.requests if request.finish_reason is None]
+
+    def step(self) -> SchedulerOutput:
+        """Schedule, run, advance and append; check everything in between."""
+        oldest = self.live[0] if self.live else None
+        preemptions = oldest.num_preemptions if oldest else 0
+        output = self.scheduler.schedule()
+        self.check_output(output)
+        self.check_state()
+        if oldest is not None:
+            assert oldest.num_preemptions == preemptions, "the oldest lost its blocks"
+            if oldest.num_computed_tokens < oldest.num_tokens or oldest.needs_query:
+                assert output.scheduled, "no progress"
+                assert output.scheduled[0].request is oldest, "the oldest did not come first"
+        sampled = self.runner.run(output)
+        self.scheduler.advance(output)
+        for request, token_id in sampled.items():
+            if request in self.late:
+                self.late[request] = token_id
+            else:
+                self.scheduler.append_token(request, token_id)
+        self.check_state()
+        return output
+
+    def feed(self, request: Request) -> None:
+        """Append the late token of a request, whether it still has its blocks or not."""
+        token_id = self.late[request]
+        if token_id is not None and request.finish_reason is None:
+            self.late[request] = None
+            self.scheduler.append_token(request, token_id)
+
+    def run_to_end(self, limit: int = 10_000) -> int:
+        """Steps until nothing is left; late tokens come as soon as they are known."""
+        for steps in range(limit):
+            if not self.scheduler.has_requests:
+                return steps
+            self.step()
+            for request in self.late:
+                self.feed(request)
+        raise AssertionError(f"not done after {limit} steps")
+
+    def check_output(self, output: SchedulerOutput) -> None:
+        scheduler = self.scheduler
+        scheduled = [item.request for item in output.scheduled]
+        assert len(scheduled) == len(set(scheduled)), "a request runs twice in a step"
+        assert output.num_tokens == sum(item.num_tokens for item in output.scheduled)
+        assert output.num_tokens <= scheduler.max_num_batched_tokens
+        assert len(scheduled) <= scheduler.max_num_seqs
+        for item in output.scheduled:
+            request, end = item.request, item.start + item.num_tokens
+            assert request.status is RequestStatus.RUNNING
+            assert item.num_tokens > 0
+            assert item.start == request.num_computed_tokens
+            if item.is_query:
+                assert item.num_tokens == 1
+                assert item.samples
+            else:
+                assert end <= request.num_tokens
+                assert len(request.block_ids) == scheduler.num_blocks_for(end)
+
+    def check_state(self) -> None:
+        scheduler, pool = self.scheduler, self.scheduler.pool
+        assert pool.num_free + pool.num_used == pool.num_usable
+        held = [block for request in self.requests for block in request.block_ids]
+        assert len(held) == len(set(held)), "a block is in two hands"
+        assert 0 not in held, "the null block was handed out"
+        assert pool.num_used == len(held)
+        assert len(scheduler.running) <= scheduler.max_num_seqs
+        running, waiting = list(scheduler.running), list(scheduler.waiting)
+        by_status = {RequestStatus.RUNNING: running, RequestStatus.WAITING: waiting}
+        for status, queue in by_status.items():
+            assert [r for r in self.requests if r.status is status] == queue, "order of arrival"
+        if running and waiting:
+            assert running[-1].request_id < waiting[0].request_id, "an older request waits"
+        for request in self.requests:
+            if request.status is not RequestStatus.RUNNING:
+                assert not request.block_ids
+            assert (request.status is RequestStatus.FINISHED) == (request.finish_reason is not None)
+
+    def check_outputs(self) -> None:
+        for request in self.requests:
+            expected = expected_output(request)
+            if request.finish_reason == "cancelled":
+                expected = expected[: len(request.output_token_ids)]
+            assert request.output_token_ids == expected
+        assert not any(r.status is not RequestStatus.FINISHED for r in self.requests)
+        assert self.scheduler.pool.num_used == 0
+
+
+# No torch.
+
+
+@pytest.mark.parametrize("name", ["scheduler", "request", "block_pool"])
+def test_source_imports_no_torch(name):
+    source = (Path(fastgen.__file__).parent / "engine" / f"{name}.py").read_text()
+    imported = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            imported.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module or "")
+    assert imported, "the file was not read"
+    assert not [module for module in imported if module.split(".")[0] == "torch"]
+
+
+def test_importing_the_scheduler_loads_no_torch():
+    code = "import sys, fastgen.engine.scheduler; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Random workloads.
+
+
+def run_workload(seed: int, **classes) -> Simulation:
+    """Requests arrive, are cancelled and get late tokens at random, in a pool that is too small."""
+    rng = random.Random(seed)
+    simulation = Simulation(
+        num_blocks=rng.randint(4, 20),
+        block_size=rng.choice([1, 2, 4, 16]),
+        max_num_seqs=rng.randint(1, 6),
+        max_num_batched_tokens=rng.choice([1, 2, 7, 32]),
+        **classes,
+    )
+    capacity = simulation.scheduler.pool.num_usable * simulation.scheduler.block_size
+    for _ in range(rng.randint(5, 25)):
+        for _ in range(rng.randint(0, 3)):
+            num_prompt = rng.randint(1, max(1, capacity * 2 // 3))
+            simulation.add(
+                num_prompt,
+                rng.randint(1, max(1, capacity - num_prompt)),
+                late=rng.random() < 0.2,
+                rng=rng,
+                query_token_id=rng.randrange(VOCAB) if rng.random() < 0.2 else None,
+                stop_token_ids=frozenset(rng.sample(range(VOCAB), 3)),
+            )
+        for _ in range(rng.randint(0, 8)):
+            simulation.step()
+        for request in simulation.live:
+            if request in simulation.late and rng.random() < 0.5:
+                simulation.feed(request)
+            if rng.random() < 0.05:
+                simulation.scheduler.finish(request, "cancelled")
+                simulation.check_state()
+    simulation.run_to_end()
+    simulation.check_outputs()
+    return simulation
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_workload(seed):
+    run_workload(seed)
+
+
+def test_random_workloads_reach_what_they_are_for():
+    simulations = [run_workload(seed) for seed in range(40)]
+    reasons = {reason for simulation in simulations for reason in simulation.scheduler.finished}
+    assert reasons == {"stop", "length", "cancelled"}
+    assert sum(simulation.scheduler.num_preemptions for simulation in simulations) > 50
+    finished = sum(sum(s.scheduler.finished.values()) for s in simulations)
+    assert finished == sum(len(s.requests) for s in simulations) > 200
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Any order of adding, stepping, feeding and cancelling, in tiny pools."""
+
+    @initialize(
+        num_blocks=st.integers(2, 9),
+        block_size=st.integers(1, 4),
+        max_num_seqs=st.integers(1, 4),
+        max_num_batched_tokens=st.integers(1, 12),
+    )
+    def start(self, **limits):
+        self.simulation = Simulation(**limits)
+
+    @rule(
+        num_prompt=st.integers(1, 12),
+        max_tokens=st.integers(1, 12),
+        late=st.booleans(),
+        query=st.one_of(st.none(), st.integers(0, VOCAB - 1)),
+        stop=st.frozensets(st.integers(0, VOCAB - 1), max_size=4),
+        seed=st.integers(0, 100),
+    )
+    def add(self, num_prompt, max_tokens, late, query, stop, seed):
+        self.simulation.add(
+            num_prompt,
+            max_tokens,
+            late=late,
+            rng=random.Random(seed),
+            query_token_id=query,
+            stop_token_ids=stop,
+        )
+
+    @rule(times=st.integers(1, 5))
+    def step(self, times):
+        for _ in range(times):
+            self.simulation.step()
+
+    @rule(index=st.integers(0, 100))
+    def cancel(self, index):
+        if live := self.simulation.live:
+            self.simulation.scheduler.finish(live[index % len(live)], "cancelled")
+
+    @rule(index=st.integers(0, 100))
+    def cancel_while_a_step_runs(self, index):
+        scheduler, live = self.simulation.scheduler, self.simulation.live
+        output = scheduler.schedule()
+        sampled = self.simulation.runner.run(output)
+        if live:
+            scheduler.finish(live[index % len(live)], "cancelled")
+        scheduler.advance(output)
+        for request, token_id in sampled.items():
+            if request in self.simulation.late:
+                self.simulation.late[request] = token_id
+            else:
+                scheduler.append_token(request, token_id)
+
+    @rule(index=st.integers(0, 100))
+    def feed(self, index):
+        if late := list(self.simulation.late):
+            self.simulation.feed(late[index % len(late)])
+
+    @invariant()
+    def state_is_consistent(self):
+        if hasattr(self, "simulation"):
+            self.simulation.check_state()
+
+    def teardown(self):
+        if hasattr(self, "simulation"):
+            self.simulation.run_to_end()
+            self.simulation.check_outputs()
+
+
+SchedulerMachine.TestCase.settings = settings(
+    max_examples=60, stateful_step_count=30, deadline=None
+)
+TestSchedulerMachine = SchedulerMachine.TestCase
+
+
+# One rule at a time.
+
+
+def test_prompt_within_the_budget_is_one_step():
+    simulation = Simulation(num_blocks=10)
+    request = simulation.add(7, 3)
+    output = simulation.step()
+    assert output.scheduled == [ScheduledRequest(request, 0, 7, samples=True)]
+    assert len(request.output_token_ids) == 1
+
+
+def test_long_prompt_is_chunked():
+    simulation = Simulation(num_blocks=20, max_num_batched_tokens=16)
+    request = simulation.add(50, 2)
+    pieces = [simulation.step().scheduled for _ in range(4)]
+    assert pieces == [
+        [ScheduledRequest(request, start, count, samples=start + count == 50)]
+        for start, count in [(0, 16), (16, 16), (32, 16), (48, 2)]
+    ]
+    assert len(request.output_token_ids) == 1
+    assert simulation.run_to_end() == 1
+    simulation.check_outputs()
+
+
+def test_blocks_are_taken_as_tokens_are_computed():
+    simulation = Simulation(num_blocks=20, block_size=4, max_num_batched_tokens=6)
+    request = simulation.add(16, 3)
+    lengths = []
+    while not request.finish_reason:
+        simulation.step()
+        lengths.append(len(request.block_ids))
+    assert lengths == [2, 3, 4, 5, 0], "16 tokens fill four blocks; the 17th opens the fifth"
+    assert simulation.scheduler.pool.num_used == 0
+
+
+def test_oldest_is_served_first_and_the_rest_of_the_budget_goes_on():
+    simulation = Simulation(num_blocks=30, max_num_batched_tokens=16)
+    first, second, third = (simulation.add(10, 5) for _ in range(3))
+    assert [(i.request, i.num_tokens, i.samples) for i in simulation.step().scheduled] == [
+        (first, 10, True),
+        (second, 6, False),
+    ]
+    assert [(i.request, i.num_tokens, i.samples) for i in simulation.step().scheduled] == [
+        (first, 1, True),
+        (second, 4, True),
+        (third, 10, True),
+    ]
+
+
+def test_max_num_seqs_holds_the_rest_back():
+    simulation = Simulation(num_blocks=30, max_num_seqs=2, max_num_batched_tokens=100)
+    requests = [simulation.add(3, 2) for _ in range(3)]
+    assert [item.request for item in simulation.step().scheduled] == requests[:2]
+    assert [item.request for item in simulation.step().scheduled] == requests[:2]
+    assert [item.request for item in simulation.step().scheduled] == requests[2:]
+
+
+def test_queue_while_the_pool_is_full():
+    """A request whose tokens do not fit waits, even if a smaller and younger one would fit."""
+    simulation = Simulation(num_blocks=5, block_size=4, max_num_batched_tokens=100)
+    first = simulation.add(12, 2)
+    large = simulation.add(8, 1)
+    small = simulation.add(2, 1)
+    assert [item.request for item in simulation.step().scheduled] == [first]
+    assert list(simulation.scheduler.waiting) == [large, small]
+    assert [item.request for item in simulation.step().scheduled] == [first]
+    assert [item.request for item in simulation.step().scheduled] == [large, small]
+    simulation.check_outputs()
+
+
+def test_exactly_full_pool_needs_no_preemption():
+    simulation = Simulation(num_blocks=5, block_size=4)
+    simulation.add(10, 7)  # 16 tokens in the cache at the end: all four blocks
+    simulation.run_to_end()
+    simulation.check_outputs()
+    assert simulation.scheduler.num_preemptions == 0
+
+
+def test_youngest_is_preempted_and_starts_over():
+    simulation = Simulation(num_blocks=5, block_size=4, max_num_batched_tokens=100)
+    old, young = simulation.add(7, 8), simulation.add(7, 8)
+    simulation.step()
+    simulation.step()
+    assert simulation.scheduler.pool.num_free == 0
+    before = list(young.output_token_ids)
+    assert len(before) == 2
+    output = simulation.step()
+    assert [item.request for item in output.scheduled] == [old]
+    assert output.freed_blocks
+    assert young.status is RequestStatus.WAITING
+    assert (young.num_computed_tokens, young.block_ids, young.num_preemptions) == (0, [], 1)
+    assert young.output_token_ids == before, "what was generated is kept"
+    while young.status is RequestStatus.WAITING:
+        simulation.step()
+    assert old.finish_reason == "length"
+    assert young.output_token_ids[:2] == before
+    assert young.num_computed_tokens == 9, "prompt and outputs were computed again"
+    simulation.run_to_end()
+    simulation.check_outputs()
+    assert (old.num_preemptions, simulation.scheduler.num_preemptions) == (0, 1)
+
+
+def test_the_only_running_request_is_never_preempted():
+    simulation = Simulation(num_blocks=3, block_size=2, max_num_batched_tokens=1)
+    request = simulation.add(1, 4)
+    simulation.run_to_end()
+    simulation.check_outputs()
+    assert request.num_preemptions == 0
+
+
+def test_preempted_request_comes_before_those_that_never_ran():
+    simulation = Simulation(num_blocks=5, block_size=4, max_num_seqs=2, max_num_batched_tokens=100)
+    old, young, new = (simulation.add(7, 8) for _ in range(3))
+    while not young.num_preemptions:
+        simulation.step()
+    assert list(simulation.scheduler.waiting) == [young, new]
+    assert simulation.scheduler.running == [old]
+
+
+def test_late_tokens_just_wait():
+    """A lockstep row that has caught up keeps its blocks and is left alone until its token comes."""
+    simulation = Simulation(num_blocks=10)
+    late, other = simulation.add(5, 3, late=True), simulation.add(3, 4)
+    assert [item.request for item in simulation.step().scheduled] == [late, other]
+    blocks = list(late.block_ids)
+    for _ in range(3):
+        assert [item.request for item in simulation.step().scheduled] == [other]
+        assert late.block_ids == blocks
+    assert other.finish_reason == "length"
+    assert simulation.step().scheduled == [], "nothing to compute, although a request is running"
+    assert simulation.scheduler.has_requests
+    simulation.feed(late)
+    assert [(i.request, i.start, i.num_tokens) for i in simulation.step().scheduled] == [
+        (late, 5, 1)
+    ]
+
+
+def test_late_token_of_a_preempted_request():
+    simulation = Simulation(num_blocks=5, block_size=4, max_num_batched_tokens=100)
+    old, late = simulation.add(7, 9), simulation.add(7, 5, late=True)
+    while not late.num_preemptions:
+        simulation.step()
+    simulation.feed(late)
+    assert late.status is RequestStatus.WAITING
+    assert len(late.output_token_ids) == 1
+    simulation.run_to_end()
+    simulation.check_outputs()
+
+
+def test_last_late_token_ends_a_preempted_request():
+    simulation = Simulation(num_blocks=5, block_size=4, max_num_batched_tokens=100)
+    old, late = simulation.add(7, 9), simulation.add(7, 1, late=True)
+    while not late.num_preemptions:
+        simulation.step()
+    simulation.feed(late)
+    assert late.finish_reason == "length"
+    assert list(simulation.scheduler.waiting) == []
+    assert simulation.scheduler.running == [old]
+
+
+def test_query_token_runs_once_after_the_prompt():
+    simulation = Simulation(num_blocks=10, max_num_batched_tokens=100)
+    request = simulation.add(8, 3, query_token_id=5, query_position=11)
+    assert simulation.step().scheduled == [ScheduledRequest(request, 0, 8, samples=False)]
+    assert request.output_token_ids == []
+    query = ScheduledRequest(request, 8, 1, samples=True, is_query=True)
+    assert simulation.step().scheduled == [query]
+    assert len(request.block_ids) == 2, "a query token takes no slot"
+    assert request.num_computed_tokens == 8
+    assert simulation.step().scheduled == [ScheduledRequest(request, 8, 1, samples=True)]
+    simulation.run_to_end()
+    simulation.check_outputs()
+
+
+def test_query_token_does_not_run_again_before_a_late_token():
+    simulation = Simulation(num_blocks=10)
+    request = simulation.add(4, 2, late=True, query_token_id=5)
+    simulation.step()
+    assert simulation.step().scheduled[0].is_query
+    assert simulation.step().scheduled == []
+    simulation.run_to_end()
+    simulation.check_outputs()
+    assert request.finish_reason == "length"
+
+
+def test_query_token_runs_again_after_a_preemption():
+    simulation = Simulation(num_blocks=5, block_size=4, max_num_batched_tokens=100)
+    old = simulation.add(7, 9)
+    asked = simulation.add(8, 2, late=True, query_token_id=5)
+    while not asked.num_preemptions:
+        simulation.step()
+    assert asked.query_done is False
+    while not old.finish_reason:
+        simulation.step()
+    simulation.run_to_end()
+    simulation.check_outputs()
+
+
+def test_prompt_of_a_query_token_only():
+    simulation = Simulation(num_blocks=5)
+    request = simulation.add(0, 3, query_token_id=5)
+    query = ScheduledRequest(request, 0, 1, samples=True, is_query=True)
+    assert simulation.step().scheduled == [query]
+    simulation.run_to_end()
+    simulation.check_outputs()
+
+
+@pytest.mark.parametrize("status", ["new", "running", "preempted", "finished"])
+def test_finish_in_any_state_frees_everything(status):
+    simulation = Simulation(num_blocks=5, block_size=4, max_num_batched_tokens=100)
+    simulation.add(7, 9)
+    request = simulation.add(7, 9)
+    match status:
+        case "running":
+            simulation.step()
+        case "preempted":
+            while not request.num_preemptions:
+                simulation.step()
+        case "finished":
+            simulation.run_to_end()
+    simulation.scheduler.finish(request, "cancelled")
+    first_reason = request.finish_reason
+    assert first_reason == ("length" if status == "finished" else "cancelled")
+    finish_time = request.finish_time
+    simulation.scheduler.finish(request, "error", RuntimeError("later"))
+    assert (request.finish_reason, request.error) == (first_reason, None), "the first end counts"
+    assert request.finish_time == finish_time
+    assert request.block_ids == []
+    simulation.run_to_end()
+    simulation.check_outputs()
+    assert sum(simulation.scheduler.finished.values()) == 2
+
+
+def test_stop_token_ends_at_once_and_is_the_last_token():
+    simulation = Simulation(num_blocks=20)
+    free = simulation.add(5, 20, rng=random.Random(3))
+    simulation.run_to_end()
+    stop = free.output_token_ids[4]
+    expected = free.output_token_ids[: free.output_token_ids.index(stop) + 1]
+    stopped = simulation.add(
+        5, 20, rng=random.Random(3), stop_token_ids=frozenset([stop, VOCAB + 1])
+    )
+    simulation.run_to_end()
+    assert (stopped.output_token_ids, stopped.finish_reason) == (expected, "stop")
+
+
+def test_stop_token_as_the_last_allowed_token_is_a_stop():
+    simulation = Simulation(num_blocks=20)
+    request = simulation.add(5, 1, stop_token_ids=frozenset(range(VOCAB)))
+    simulation.run_to_end()
+    assert request.finish_reason == "stop"
+
+
+def test_tokens_after_the_end_are_ignored():
+    simulation = Simulation(num_blocks=5)
+    request = simulation.add(3, 1)
+    simulation.run_to_end()
+    assert simulation.scheduler.append_token(request, 1) == "length"
+    assert len(request.output_token_ids) == 1
+
+
+def test_request_larger_than_the_pool_is_our_own_mistake():
+    simulation = Simulation(num_blocks=3, block_size=4)
+    fits = Request([1] * 5, SamplingParams(max_tokens=4))  # 8 tokens: the last is never computed
+    too_large = Request([1] * 5, SamplingParams(max_tokens=5))
+    assert simulation.scheduler.fits([fits])
+    assert not simulation.scheduler.fits([too_large])
+    assert not simulation.scheduler.fits([fits, fits])
+    with pytest.raises(AssertionError, match="larger than the pool"):
+        simulation.scheduler.add(too_large)
+    assert not simulation.scheduler.has_requests
+
+
+def test_freed_blocks_are_told_once():
+    simulation = Simulation(num_blocks=10, block_size=4)
+    request = simulation.add(6, 1)
+    simulation.step()
+    assert request.finish_reason == "length"
+    assert sorted(simulation.scheduler.schedule().freed_blocks) == [1, 2]
+    assert simulation.scheduler.schedule().freed_blocks == []
+
+
+def test_cache_waste_by_hand():
+    simulation = Simulation(num_blocks=10, block_size=4, max_num_batched_tokens=100)
+    assert simulation.scheduler.cache_waste == 0.0
+    simulation.add(5, 2)  # 5 of 8 slots, then 6 of 8
+    simulation.step()
+    assert simulation.scheduler.cache_waste == 3 / 8
+    simulation.step()
+    assert simulation.scheduler.cache_waste == (3 / 8 + 2 / 8) / 2
+    simulation.step()
+    assert simulation.scheduler.cache_waste == (3 / 8 + 2 / 8) / 2, "an empty step counts nothing"
+    simulation.add(4, 1)
+    simulation.add(1, 1)  # together 5 of 8 slots
+    simulation.step()
+    assert simulation.scheduler.cache_waste == (3 / 8 + 2 / 8 + 3 / 8) / 3
+
+
+def test_cache_waste_of_chunks_and_queries():
+    simulation = Simulation(num_blocks=10, block_size=4, max_num_batched_tokens=6)
+    simulation.add(8, 1, query_token_id=3)
+    wastes = [2 / 8, 0.0, 0.0]  # 6 of 8, 8 of 8, and the query token that is not stored
+    for steps in range(1, 4):
+        simulation.step()
+        assert simulation.scheduler.cache_waste == sum(wastes[:steps]) / steps
+
+
+# Planted mistakes: each is found by the random workloads.
+
+
+class PreemptsOldest(Scheduler):
+    def _reserve(self, request, item):
+        while not self._allocate(request, item):
+            victim = self.running[0]
+            self._preempt(victim)
+            if victim is request:
+                return False
+        return True
+
+
+class KeepsComputedTokens(Scheduler):
+    """A preempted request goes on where it was, without its blocks' content."""
+
+    def _preempt(self, request):
+        computed = request.num_computed_tokens
+        super()._preempt(request)
+        request.num_computed_tokens = computed
+
+
+class ForgetsToFree(Scheduler):
+    def _free(self, request):
+        request.block_ids = []
+
+
+class FreesAndKeeps(Scheduler):
+    def _free(self, request):
+        blocks = list(request.block_ids)
+        super()._free(request)
+        request.block_ids = blocks
+
+
+class IgnoresTheBudget(Scheduler):
+    def _next_tokens(self, request, budget):
+        return super()._next_tokens(request, budget + 1)
+
+
+class SamplesEveryChunk(Scheduler):
+    def _next_tokens(self, request, budget):
+        item = super()._next_tokens(request, budget)
+        return item and ScheduledRequest(item.request, item.start, item.num_tokens, samples=True)
+
+
+class QueuesPreemptedLast(Scheduler):
+    def _preempt(self, request):
+        super()._preempt(request)
+        self.waiting.remove(request)
+        self.waiting.append(request)
+
+
+class LetsTooManyRun(Scheduler):
+    def schedule(self):
+        self.max_num_seqs += 1
+        try:
+            return super().schedule()
+        finally:
+            self.max_num_seqs -= 1
+
+
+class HandsOutTwice(BlockPool):
+    def allocate(self, count):
+        blocks = super().allocate(count)
+        if blocks:
+            self._freed.append(blocks[0])
+        return blocks
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        PreemptsOldest,
+        KeepsComputedTokens,
+        ForgetsToFree,
+        FreesAndKeeps,
+        IgnoresTheBudget,
+        SamplesEveryChunk,
+        QueuesPreemptedLast,
+        LetsTooManyRun,
+        HandsOutTwice,
+    ],
+    ids=lambda cls: cls.__name__,
+)
+def test_planted_mistake_is_found(broken):
+    classes = {"pool" if issubclass(broken, BlockPool) else "scheduler": broken}
+    with pytest.raises((AssertionError, KeyError, TypeError, IndexError)):
+        for seed in range(40):
+            run_workload(seed, **classes)
