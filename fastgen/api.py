@@ -96,6 +96,8 @@ class OptimizedModel:
 
     def _rebuild(self, model: Any) -> None:
         logger.info("%s was changed; capturing it again", self.class_name)
+        if self._engine is not None:
+            self._engine.wait_idle()
         self.weights.detach()
         self.fingerprint = fingerprint(model)
         try:
@@ -104,12 +106,13 @@ class OptimizedModel:
         except UnsupportedModelError as error:
             self._refusal = f"the changed model is not supported: {error}"
             return
-        self.close_engine()
+        if self._engine is not None:
+            self._engine.replace(self.compiled, self.device, self.max_model_len)
 
     def _rebind(self) -> None:
         """Parameters were replaced by others of the same shape: take theirs."""
         if self._engine is not None:
-            self._engine.release_cache()  # keys and values of the old weights
+            self._engine.wait_idle()  # requests end with the weights they began with
         self.weights.detach()
         self.weights.attach()
         self.compiled.bind(self.weights.resolve(self.compiled.weight_inputs))
@@ -122,7 +125,6 @@ class OptimizedModel:
                     self.config,
                     self.device,
                     self.max_model_len,
-                    self.compiled.vocab_size,
                 )
             return self._engine
 

@@ -445,7 +445,7 @@ def test_train_mode_without_dropout_is_native_and_kept(model):
     ids=["1-D", "empty", "id beyond vocabulary", "typo", "no tokens", "temperature"],
 )
 def test_bad_input_raises_what_transformers_raises(model, arguments):
-    with pytest.raises(Exception) as expected:  # noqa: B017 - whatever it is, it must be the same
+    with pytest.raises(Exception) as expected:
         model.generate(**arguments)
     fastgen.optimize(model)
     with pytest.raises(type(expected.value)):

@@ -240,7 +240,7 @@ def block_waste(model: Any, workload: Workload) -> dict[str, float]:
             for item in output.scheduled:
                 if item.samples:
                     scheduler.append_token(item.request, 0)
-        waste[str(block_size)] = scheduler.cache_waste
+        waste[str(block_size)] = scheduler.stats.cache_waste
     return waste
 
 

@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from .mailbox import Mailbox
 from .request import Request, RequestStatus
 from .runner import Runner
 from .sampler import sample
-from .scheduler import Scheduler, SchedulerOutput
+from .scheduler import Scheduler, SchedulerOutput, SchedulerStats
 from .threads import release_openmp_team
 
 logger = logging.getLogger("fastgen")
@@ -42,10 +43,9 @@ class EngineCore:
         config: Config,
         device: torch.device,
         max_model_len: int,
-        vocab_size: int,
     ) -> None:
         self.compiled, self.config, self.device = compiled, config, device
-        self.max_model_len, self.vocab_size = max_model_len, vocab_size
+        self.max_model_len = max_model_len
         self.poison_freed_blocks = False  # set by tests: whoever reads a freed block sees NaN
         self._scheduler: Scheduler | None = None
         self._runner: Runner | None = None
@@ -53,6 +53,8 @@ class EngineCore:
         self._counters = dict.fromkeys(
             ("engine_steps", "computed_tokens", "prompt_tokens", "output_tokens"), 0
         )
+        self._stats = SchedulerStats()
+        self._waiting_for_idle: list[Future] = []
         self._forward_seconds = self._host_seconds = 0.0
         self._mailbox = Mailbox()
         thread = threading.Thread(
@@ -72,8 +74,9 @@ class EngineCore:
         prompt = request.prompt_token_ids
         if not prompt and request.query_token_id is None:
             raise InvalidRequestError("a prompt must hold at least one token, got none")
+        largest = self.compiled.vocab_size - 1
         for token_id in prompt:
-            check_int("each prompt token id", token_id, 0, self.vocab_size - 1, InvalidRequestError)
+            check_int("each prompt token id", token_id, 0, largest, InvalidRequestError)
         length, max_tokens = len(prompt), request.sampling.max_tokens
         if length + max_tokens > self.max_model_len:
             raise CapacityError(
@@ -162,13 +165,20 @@ class EngineCore:
         """
         self._mailbox.call(lambda: self._release("release the KV cache"))
 
-    def replace(self, compiled: CompiledForward, device: torch.device) -> None:
-        """Go on with another graph, once no request is running."""
+    def wait_idle(self) -> None:
+        """Wait until no request is left. New ones must be kept away by the caller."""
+        idle: Future = Future()
+        self._mailbox.post(lambda: self._waiting_for_idle.append(idle))
+        idle.result()
+
+    def replace(self, compiled: CompiledForward, device: torch.device, max_model_len: int) -> None:
+        """Go on with another graph, after all requests of the old one."""
 
         def replace() -> None:
             self._release("change the model")
-            self.compiled, self.device = compiled, device
+            self.compiled, self.device, self.max_model_len = compiled, device, max_model_len
 
+        self.wait_idle()
         self._mailbox.call(replace)
 
     def close(self) -> None:
@@ -205,6 +215,7 @@ class EngineCore:
                 block_size=self.config.block_size,
                 max_num_seqs=self.config.max_num_seqs,
                 max_num_batched_tokens=self.config.max_num_batched_tokens,
+                stats=self._stats,
             )
         for request in requests:
             if not request.sampling.greedy and request.group is None:
@@ -232,6 +243,7 @@ class EngineCore:
         start = time.perf_counter()
         for message in self._mailbox.take():
             message()
+        self._tell_idle()
         if self._scheduler is None or self._runner is None:
             return False
         output = self._scheduler.schedule()
@@ -255,6 +267,12 @@ class EngineCore:
         self._forward_seconds += after - before
         self._host_seconds += time.perf_counter() - after + before - start
         return True
+
+    def _tell_idle(self) -> None:
+        if self._waiting_for_idle and not (self._scheduler and self._scheduler.has_requests):
+            for idle in self._waiting_for_idle:
+                idle.set_result(None)
+            self._waiting_for_idle.clear()
 
     def _deliver(self, output: SchedulerOutput, logits: torch.Tensor) -> None:
         """Hand each sampled row's logits to its lockstep group or to the sampler."""
@@ -299,19 +317,22 @@ class EngineCore:
 
     def _snapshot(self) -> EngineMetrics:
         scheduler = self._scheduler
-        if scheduler is None:
-            return EngineMetrics(**self._counters)
-        pool = scheduler.pool
+        now = {}
+        if scheduler is not None:
+            pool = scheduler.pool
+            now = {
+                "num_running": len(scheduler.running),
+                "num_waiting": len(scheduler.waiting),
+                "num_blocks": pool.num_usable,
+                "num_free_blocks": pool.num_free,
+                "cache_usage": pool.num_used / pool.num_usable,
+            }
         return EngineMetrics(
             **self._counters,
-            finished=dict(scheduler.finished),
-            preemptions=scheduler.num_preemptions,
-            num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
-            num_blocks=pool.num_usable,
-            num_free_blocks=pool.num_free,
-            cache_usage=pool.num_used / pool.num_usable,
-            cache_waste=scheduler.cache_waste,
+            **now,
+            finished=dict(self._stats.finished),
+            preemptions=self._stats.preemptions,
+            cache_waste=self._stats.cache_waste,
             forward_seconds=self._forward_seconds,
             host_seconds=self._host_seconds,
         )

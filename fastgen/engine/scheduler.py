@@ -46,11 +46,32 @@ class SchedulerOutput:
         return sum(item.num_tokens for item in self.scheduled)
 
 
+@dataclass
+class SchedulerStats:
+    """Counts that outlive a scheduler: finished requests by reason, preemptions, cache waste."""
+
+    finished: Counter[str] = field(default_factory=Counter)
+    preemptions: int = 0
+    waste_sum: float = 0.0
+    waste_steps: int = 0
+
+    @property
+    def cache_waste(self) -> float:
+        """Unused slots / allocated slots, averaged over the steps so far."""
+        return self.waste_sum / self.waste_steps if self.waste_steps else 0.0
+
+
 class Scheduler:
     """The only owner of requests' states and blocks."""
 
     def __init__(
-        self, pool: BlockPool, *, block_size: int, max_num_seqs: int, max_num_batched_tokens: int
+        self,
+        pool: BlockPool,
+        *,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        stats: SchedulerStats | None = None,
     ) -> None:
         self.pool = pool
         self.block_size = block_size
@@ -58,11 +79,8 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
-        self.finished: Counter[str] = Counter()
-        self.num_preemptions = 0
+        self.stats = stats or SchedulerStats()
         self._freed_blocks: list[int] = []
-        self._waste_sum = 0.0
-        self._waste_steps = 0
 
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -151,12 +169,7 @@ class Scheduler:
         request.status = RequestStatus.FINISHED
         request.finish_reason, request.error = reason, error
         request.finish_time = time.perf_counter()
-        self.finished[reason] += 1
-
-    @property
-    def cache_waste(self) -> float:
-        """Unused slots / allocated slots, averaged over the steps so far."""
-        return self._waste_sum / self._waste_steps if self._waste_steps else 0.0
+        self.stats.finished[reason] += 1
 
     def _next_tokens(self, request: Request, budget: int) -> ScheduledRequest | None:
         """The next piece of a request's work, or None if it waits for its token."""
@@ -198,7 +211,7 @@ class Scheduler:
         request.num_computed_tokens = 0
         request.query_done = False
         request.num_preemptions += 1
-        self.num_preemptions += 1
+        self.stats.preemptions += 1
         _insert_by_age(self.waiting, request)
 
     def _free(self, request: Request) -> None:
@@ -212,8 +225,8 @@ class Scheduler:
             return
         used = sum(request.num_computed_tokens for request in self.running)
         used += sum(item.num_tokens for item in output.scheduled if not item.is_query)
-        self._waste_sum += 1 - used / allocated
-        self._waste_steps += 1
+        self.stats.waste_sum += 1 - used / allocated
+        self.stats.waste_steps += 1
 
 
 def _age(request: Request) -> int:

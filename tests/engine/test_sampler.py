@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from fastgen.config import SamplingParams
-from fastgen.engine import sampler
 from fastgen.engine.sampler import filtered_probabilities, sample
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -195,11 +194,6 @@ def test_high_temperature_is_uniform():
 # Independence.
 
 
-def sample_alone(logits: torch.Tensor, params, seeds) -> list[int]:
-    own = generators(seeds)
-    return [sample(logits[i : i + 1], [params[i]], [own[i]])[0] for i in range(len(params))]
-
-
 def check_independence(draw) -> None:
     """The same tokens alone, together, in another order and beside other neighbours."""
     params = [*PARAMS, GREEDY, PLAIN]
@@ -345,6 +339,6 @@ def test_planted_bias_is_found(broken):
 
 def test_planted_off_by_one_in_top_k_is_found():
     logits, params = random_logits(1, 64), [SamplingParams(top_k=5)]
-    wrong = sampler.filtered_probabilities(logits, [SamplingParams(top_k=6)])
+    wrong = filtered_probabilities(logits, [SamplingParams(top_k=6)])
     with pytest.raises(AssertionError, match="support"):
         check_probabilities(wrong, logits, params)

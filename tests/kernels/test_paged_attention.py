@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from fastgen.kernels import CallSite, implementations
 from fastgen.kernels import paged_attention as paged_attention_op
 from fastgen.kernels.paged_attention import read_cache, write_cache

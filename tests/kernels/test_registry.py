@@ -6,7 +6,6 @@ import inspect
 
 import pytest
 import torch
-
 from fastgen.kernels import CallSite, registry
 
 OPS = ("fastgen::attention", "fastgen::paged_attention")

@@ -1,0 +1,88 @@
+"""The scripts of examples/ and every command and snippet of the README run as they stand."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def run(*command: str, timeout: int = 300) -> subprocess.CompletedProcess:
+    result = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result
+
+
+def test_quickstart():
+    assert (
+        "pass          merge_linears: 12 (applied)"
+        in run(sys.executable, "examples/quickstart.py").stdout
+    )
+
+
+def test_gpu_check_dry_run(tmp_path):
+    run(sys.executable, "examples/gpu_check.py", "--out", str(tmp_path), "--device", "cpu")
+    equality = json.loads((tmp_path / "equality.json").read_text())
+    assert all(family["equal"] for family in equality["result"].values())
+    assert json.loads((tmp_path / "speed.json").read_text())["result"]["ratio"] > 0
+
+
+def test_gpu_check_skips_what_would_be_late(tmp_path):
+    run(
+        sys.executable, "examples/gpu_check.py", "--out", str(tmp_path), "--device", "cpu",
+        "--budget-s", "0.5",
+    )  # fmt: skip
+    assert "skipped" in json.loads((tmp_path / "speed.json").read_text())
+
+
+def test_training_script_smoke(tmp_path):
+    pytest.importorskip("tokenizers")
+    run(sys.executable, "examples/train_demo_model.py", "--help")
+
+
+@pytest.mark.slow
+def test_training_script_trains(tmp_path):
+    run(
+        sys.executable, "examples/train_demo_model.py", "--minutes", "0.2", "--no-compile",
+        "--out", str(tmp_path), timeout=900,
+    )  # fmt: skip
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_readme_python(number):
+    run(sys.executable, "-c", blocks("python")[number])
+
+
+def readme_commands() -> list[str]:
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    return [line.partition("#")[0].strip() for line in lines if line.partition("#")[0].strip()]
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_readme_command(command):
+    words = shlex.split(command)
+    if words[0] == "fastgen":
+        quick = ["--model", "demo", "--dtype", "float32", "--rounds", "1"]
+        if words[1] == "bench":  # the same command on the demo model: the shape takes minutes
+            words = [w for w in words if w not in ("--shape", "qwen2-0.5b")] + quick
+        run(sys.executable, "-m", "fastgen.cli.main", *words[1:])
+    elif words[0] == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert words[1] in targets
+    elif words[:2] == ["pip", "install"]:
+        run(sys.executable, "-m", *words, "--dry-run", "--no-deps", "--quiet")
+    elif words[0] == "python":
+        run(sys.executable, *words[1:])
+    else:
+        raise AssertionError(f"no test knows how to run {command!r}")
