@@ -218,6 +218,8 @@ class EngineCore:
                 stats=self._stats,
             )
         for request in requests:
+            if request.status is RequestStatus.FINISHED:
+                continue  # cancelled on the way here
             if not request.sampling.greedy and request.group is None:
                 generator = torch.Generator(device=self.device)
                 self._generators[request.request_id] = generator.manual_seed(request.seed)
@@ -304,9 +306,12 @@ class EngineCore:
             self._ended(request)
 
     def _finish(self, request: Request, reason: str, error: BaseException | None = None) -> None:
-        if self._scheduler is None or request.status is RequestStatus.FINISHED:
+        if request.status is RequestStatus.FINISHED:
             return
-        self._scheduler.finish(request, reason, error)
+        if self._scheduler is None:
+            request.end(reason, error)  # it was never queued
+        else:
+            self._scheduler.finish(request, reason, error)
         self._ended(request)
 
     def _ended(self, request: Request) -> None:

@@ -19,8 +19,12 @@ _request_ids = itertools.count()
 
 
 class RequestStatus(enum.Enum):
-    """WAITING (new or preempted) -> RUNNING (holds blocks) -> FINISHED; RUNNING -> WAITING."""
+    """NEW (not queued yet) -> WAITING -> RUNNING (holds blocks) -> FINISHED.
 
+    A preempted request goes from RUNNING to WAITING; any state may go to FINISHED.
+    """
+
+    NEW = "new"
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
@@ -61,7 +65,7 @@ class Request:
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     block_ids: list[int] = field(default_factory=list)
-    status: RequestStatus = RequestStatus.WAITING
+    status: RequestStatus = RequestStatus.NEW
     finish_reason: str | None = None
     error: BaseException | None = None
     query_done: bool = False
@@ -102,6 +106,12 @@ class Request:
             return range(start, end)
         offset = self.first_output_position - num_prompt  # pyright: ignore
         return [i if i < num_prompt else i + offset for i in range(start, end)]
+
+    def end(self, reason: str, error: BaseException | None = None) -> None:
+        """Note that the request is over; its owner has taken its blocks back."""
+        self.status = RequestStatus.FINISHED
+        self.finish_reason, self.error = reason, error
+        self.finish_time = time.perf_counter()
 
     def metrics(self) -> RequestMetrics:
         def ms(end: float | None) -> float | None:

@@ -97,6 +97,7 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request; it must fit the pool on its own."""
         assert self.fits([request]), "a request larger than the pool was let in"
+        request.status = RequestStatus.WAITING
         _insert_by_age(self.waiting, request)
 
     def schedule(self) -> SchedulerOutput:
@@ -161,14 +162,13 @@ class Scheduler:
         """End a request in any state and free its blocks; ending it again changes nothing."""
         if request.status is RequestStatus.FINISHED:
             return
-        if request.status is RequestStatus.RUNNING:
-            self.running.remove(request)
-        else:
-            self.waiting.remove(request)
+        match request.status:
+            case RequestStatus.RUNNING:
+                self.running.remove(request)
+            case RequestStatus.WAITING:
+                self.waiting.remove(request)
         self._free(request)
-        request.status = RequestStatus.FINISHED
-        request.finish_reason, request.error = reason, error
-        request.finish_time = time.perf_counter()
+        request.end(reason, error)
         self.stats.finished[reason] += 1
 
     def _next_tokens(self, request: Request, budget: int) -> ScheduledRequest | None:

@@ -1,4 +1,4 @@
-"""canonicalize: nothing that torch.export leaves around the arithmetic is left, and no bit moves."""
+"""canonicalize: what torch.export leaves around the arithmetic is gone, and no bit has moved."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def paged(module, dtype=torch.float32):
 
 
 class Cache:
-    """Tensors for a spec, one sequence in scattered blocks, and NaN wherever nothing was written."""
+    """Tensors for a spec, one sequence in scattered blocks, NaN where nothing was written."""
 
     def __init__(self, spec: CacheSpec, length: int, block_size: int) -> None:
         self.block_size, num_blocks = block_size, 4 - (-length // block_size)
