@@ -66,17 +66,19 @@ class OptimizedModel:
         self.max_model_len = self._max_model_len(model)
 
     def _max_model_len(self, model: Any) -> int:
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         wanted = self.config.max_model_len
-        if limit is None and wanted is None:
-            raise UnsupportedModelError(
-                f"{self.class_name} does not say how long it may get; set max_model_len"
-            )
-        if wanted is not None and limit is not None and wanted > limit:
+        if wanted is None:
+            if limit is None:
+                raise UnsupportedModelError(
+                    f"{self.class_name} does not say how long it may get; set max_model_len"
+                )
+            return limit
+        if limit is not None and wanted > limit:
             raise ValueError(
                 f"max_model_len must be <= {limit} (the model's limit), got {wanted}; lower it"
             )
-        return wanted or limit
+        return wanted
 
     def ready(self, model: Any) -> EngineCore:
         """The engine, after a check that the graph and the weights are still those of the model.

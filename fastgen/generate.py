@@ -13,18 +13,16 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .config import INT32_MAX, SamplingParams
 from .engine.engine import EngineCore, failure
 from .engine.lockstep import LockstepGroup
 from .engine.request import Request
 from .errors import CapacityError, UnsupportedModelError
-
-if TYPE_CHECKING:
-    from .api import OptimizedModel
 
 _PATCH_MARK = "_fastgen_original"
 
@@ -57,11 +55,21 @@ _LOOP_FIELDS = {
 _MODEL_INPUTS = {"input_ids", "attention_mask"}
 
 
+class Optimized(Protocol):
+    """What generate() needs to know of an optimised model."""
+
+    def ready(self, model: Any) -> EngineCore:
+        """The model's engine; raises TransformersLoop if it cannot run the model as it is."""
+        ...
+
+    def count_fallback(self, reason: str) -> None: ...
+
+
 class TransformersLoop(Exception):
     """Raised where the engine finds that transformers' own loop must run; str() is the reason."""
 
 
-def patch(cls: type, lookup: Callable[[Any], OptimizedModel | None]) -> None:
+def patch(cls: type, lookup: Callable[[Any], Optimized | None]) -> None:
     """Make `cls.generate` ask `lookup` first. A class is patched once.
 
     Raises: UnsupportedModelError if the class has a generate() of its own.
@@ -71,7 +79,7 @@ def patch(cls: type, lookup: Callable[[Any], OptimizedModel | None]) -> None:
     current = cls.generate  # pyright: ignore
     if getattr(current, _PATCH_MARK, None) is not None:
         return
-    if current is not GenerationMixin.generate:
+    if current is not GenerationMixin.generate:  # pyright: ignore
         raise UnsupportedModelError(f"{cls.__name__} has a generate() of its own")
 
     @functools.wraps(current)
@@ -97,7 +105,7 @@ def unpatch(cls: type) -> None:
 
 def _generate_native(
     original: Callable[..., Any],
-    optimized: OptimizedModel,
+    optimized: Optimized,
     model: Any,
     args: tuple,
     kwargs: dict[str, Any],
@@ -165,7 +173,7 @@ def _check_call(model: Any, arguments: dict[str, Any]) -> None:
             raise TransformersLoop(f"the model input {name}")
     if torch.is_autocast_enabled(model.device.type):
         raise TransformersLoop("autocast is on")
-    if torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
+    if _get_current_dispatch_mode() is not None:
         raise TransformersLoop("a torch dispatch mode is active")
     if dropout := _active_dropout(model):
         raise TransformersLoop(f"the model is in training mode with dropout ({dropout})")
@@ -328,7 +336,7 @@ class _Call:
 
     def _run_lockstep(self) -> Any:
         """All rows step together, finished ones too: transformers' order of everything."""
-        from transformers.generation import GenerateDecoderOnlyOutput
+        from transformers.generation.utils import GenerateDecoderOnlyOutput
 
         config, input_ids = self.generation_config, self.input_ids
         as_dict = config.return_dict_in_generate
@@ -370,7 +378,7 @@ class _Call:
         if not as_dict:
             return input_ids
         return GenerateDecoderOnlyOutput(
-            sequences=input_ids,
+            sequences=input_ids,  # pyright: ignore
             scores=scores,
             logits=raw_logits,
             past_key_values=self.past_key_values,

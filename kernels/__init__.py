@@ -20,7 +20,7 @@ if __name__ == "fastgen.kernels":
         "select",
     ]
 else:
-    __file__ = None  # what transformers takes for "not an installed package"
+    __file__ = None  # pyright: ignore  # what transformers takes for "not an installed package"
 
     def __getattr__(name: str):
         raise AttributeError(f"import this package as fastgen.kernels, not as {__name__} ({name})")

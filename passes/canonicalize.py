@@ -60,11 +60,11 @@ def _inline_region(module: fx.GraphModule, node: fx.Node) -> int:
         results: tuple = ()
         for inner in body.graph.nodes:
             if inner.op == "output":
-                results = fx.map_arg(inner.args[0], lambda arg: values[arg])
+                results = fx.map_arg(inner.args[0], values.__getitem__)
             elif inner.op != "placeholder":
-                values[inner] = module.graph.node_copy(inner, lambda arg: values[arg])
+                values[inner] = module.graph.node_copy(inner, values.__getitem__)
     for user in list(node.users):
-        user.replace_all_uses_with(results[user.args[1]])
+        user.replace_all_uses_with(results[user.args[1]])  # pyright: ignore
         module.graph.erase_node(user)
     module.graph.erase_node(node)
     return 1

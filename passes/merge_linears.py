@@ -105,7 +105,7 @@ def _weights(captured: CapturedGraph, linear: fx.Node) -> list[tuple[fx.Node, In
 
 def _refusal(captured: CapturedGraph, members: list[fx.Node]) -> str | None:
     """Why these linears must not be merged, or None."""
-    if len({member.args[0] for member in members}) > 1:
+    if any(member.args[0] is not members[0].args[0] for member in members):
         return "the linears read different inputs"
     if len({len(_weights(captured, member)) for member in members}) > 1:
         return "some linears have a bias and some have none"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from .. import Engine, RequestOutput, SamplingParams, api
@@ -40,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     console = Console()
-    folder = arguments.model if arguments.model is not None else "demo"
+    folder = arguments.model or Path("demo")
     model, tokenizer = load_model(folder, arguments.dtype or "float32", arguments.device)
     prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
     console.print(

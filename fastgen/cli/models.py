@@ -71,12 +71,12 @@ def load_model(folder: Path, dtype: str | None, device: str) -> tuple[Any, Any]:
     if not (folder / "config.json").is_file():
         raise OSError(f"--model must be a folder with a config.json, got {folder}")
     torch_dtype = DTYPES[dtype] if dtype else "auto"
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch_dtype, local_files_only=True
-    ).to(device)
+    )
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return model.eval(), tokenizer if has_tokenizer else None
+    return model.to(device).eval(), tokenizer if has_tokenizer else None
 
 
 def random_model(shape: str, dtype: str, device: str, seed: int = 0) -> Any:

@@ -47,6 +47,7 @@ def build_batch(output: SchedulerOutput, block_size: int, device: torch.device) 
         here = slice(token, token + item.num_tokens)
         block_table[row, : len(request.block_ids)] = request.block_ids
         if item.is_query:
+            assert request.query_token_id is not None
             input_ids[here], positions[here] = request.query_token_id, request.query_position
             slot_mapping[here] = -1
             seq_lens[row] = start

@@ -18,7 +18,6 @@ from ..errors import CapacityError, FastgenError, InvalidRequestError, RequestFa
 from ..outputs import EngineMetrics
 from .block_pool import BlockPool
 from .kv_cache import KVCache, block_bytes, free_memory_bytes
-from .lockstep import LockstepGroup
 from .mailbox import Mailbox
 from .request import Request, RequestStatus
 from .runner import Runner
@@ -133,11 +132,11 @@ class EngineCore:
 
         (self._mailbox.call if wait else self._mailbox.post)(cancel)
 
-    def feed(self, group: LockstepGroup, token_ids: list[int]) -> None:
-        """Append the next token of every row of a lockstep group."""
+    def feed(self, requests: list[Request], token_ids: list[int]) -> None:
+        """Append tokens that were chosen outside the engine, one to each request."""
 
         def append() -> None:
-            for request, token_id in zip(group.requests, token_ids, strict=True):
+            for request, token_id in zip(requests, token_ids, strict=True):
                 self._append(request, token_id)
 
         self._mailbox.post(append)

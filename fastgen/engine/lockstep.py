@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import queue
-from typing import TYPE_CHECKING
 
 import torch
 
+from .engine import EngineCore
 from .request import Request
 from .threads import release_openmp_team
-
-if TYPE_CHECKING:
-    from .engine import EngineCore
 
 
 class LockstepGroup:
@@ -50,7 +47,7 @@ class LockstepGroup:
 
     def feed(self, token_ids: list[int]) -> None:
         """The next token of every row."""
-        self._engine.feed(self, token_ids)
+        self._engine.feed(self.requests, token_ids)
 
     def offer(self, request: Request, logits: torch.Tensor) -> None:
         """Called by the engine: one row's logits [vocab_size]."""

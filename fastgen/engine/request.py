@@ -7,15 +7,24 @@ import itertools
 import queue
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from ..config import SamplingParams
 from ..outputs import RequestMetrics
 
-if TYPE_CHECKING:
-    from .lockstep import LockstepGroup
-
 _request_ids = itertools.count()
+
+
+class TokenChooser(Protocol):
+    """Who chooses a request's tokens in place of the engine's sampler (see lockstep.py)."""
+
+    def offer(self, request: Request, logits: Any) -> None:
+        """Take the logits [vocab_size] of the request's next token."""
+        ...
+
+    def fail(self, error: BaseException) -> None:
+        """Hear that one of its requests has ended by an error."""
+        ...
 
 
 class RequestStatus(enum.Enum):
@@ -44,7 +53,7 @@ class Request:
         query_token_id: A last prompt token that is asked but not stored: transformers computes
             the first new token of a right-padded row from a padding token that nobody attends to.
         first_output_position: Position of the first generated token; prompts start at 0.
-        group, row: The lockstep group that chooses this request's tokens, and its row there.
+        group, row: Who chooses this request's tokens, and its row there; None: the sampler.
         stream: Whether every token is put into `events`, or only the end.
         seed: Of the request's own generator; set when it is submitted.
         events: Receives ("token", id) for each token and ("finish", reason) once.
@@ -56,7 +65,7 @@ class Request:
     query_token_id: int | None = None
     query_position: int = 0
     first_output_position: int | None = None
-    group: LockstepGroup | None = None
+    group: TokenChooser | None = None
     row: int = 0
     stream: bool = False
     seed: int = 0

@@ -9,13 +9,14 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
+import torch
 from tiny_models import greedy_alone, tiny_model
 
 import fastgen
 from fastgen import Engine, SamplingParams
 from fastgen.engine.engine import EngineCore
 
-LIMIT = 20  # seconds after which a call counts as hanging
+LIMIT = 10  # seconds after which a call counts as hanging
 # Of the tiny models: 2 layers, keys and values of 2 heads of 16, fp32, 16 tokens.
 BLOCK_BYTES = 2 * 2 * 2 * 16 * 4 * 16
 GREEDY = SamplingParams(temperature=0.0)
@@ -119,32 +120,37 @@ class Gate:
         assert not thread.is_alive(), "the call did not return"
 
 
-@pytest.fixture(scope="module")
-def expected() -> tuple[list[list[int]], list[list[int]]]:
+# Fixtures, for the test modules that import them.
+
+
+@pytest.fixture(name="expected", scope="module")
+def expected_fixture() -> tuple[list[list[int]], list[list[int]]]:
     """Prompts of many lengths and transformers' greedy tokens of each, alone."""
     return greedy_alone(tiny_model("qwen2"), 3, 16, 17, 33, 1, 40, num_tokens=40)
 
 
-@pytest.fixture(scope="module")
-def model():
+@pytest.fixture(name="model", scope="module")
+def model_fixture():
     """One optimised model; tests change the settings of its engine by `make_engine`."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the model is too small for two to help
     model = fastgen.optimize(tiny_model("qwen2"))
     yield model
     fastgen.restore(model)
+    torch.set_num_threads(num_threads)
 
 
-@pytest.fixture
-def make_engine(model):
+@pytest.fixture(name="make_engine")
+def make_engine_fixture(model):
     """Engines of the same model with other settings, without capturing it again."""
     optimized = fastgen.api.require(model)
-    config, engines = optimized.config, []
+    config = optimized.config
 
     def make(*, poisoned: bool = False, **fields: Any) -> Engine:
         optimized.close_engine()
         optimized.config = config.replace(**fields)
         engine = Engine(model)
         optimized.engine().poison_freed_blocks = poisoned
-        engines.append(engine)
         return engine
 
     yield make
@@ -152,8 +158,8 @@ def make_engine(model):
     optimized.config = config
 
 
-@pytest.fixture
-def engine(model):
+@pytest.fixture(name="engine")
+def engine_fixture(model):
     """An engine with default settings, which must be empty at the end."""
     engine = Engine(model)
     yield engine
@@ -163,8 +169,8 @@ def engine(model):
     within(fastgen.api.require(model).close_engine)
 
 
-@pytest.fixture
-def gated():
+@pytest.fixture(name="gated")
+def gated_fixture():
     """Put a gate before an engine's steps; opened at the end."""
     gates = []
 
@@ -177,6 +183,6 @@ def gated():
         gate.open()
 
 
-@pytest.fixture
-def gate(engine, gated) -> Gate:
+@pytest.fixture(name="gate")
+def gate_fixture(engine, gated) -> Gate:
     return gated(engine)

@@ -11,14 +11,25 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from engine_helpers import BLOCK_BYTES, GREEDY, TokenTokenizer, greedy, idle, within
+from engine_helpers import (  # noqa: F401 - the fixtures are used by name
+    BLOCK_BYTES,
+    GREEDY,
+    TokenTokenizer,
+    engine_fixture,
+    expected_fixture,
+    gate_fixture,
+    gated_fixture,
+    greedy,
+    idle,
+    make_engine_fixture,
+    model_fixture,
+    within,
+)
 from tiny_models import VOCAB, prompts
 
 import fastgen
 from fastgen import CapacityError, EngineClosedError, InvalidRequestError, SamplingParams
 from fastgen.engine import runner
-
-pytest_plugins = ["engine_helpers"]
 
 # What changes the schedule and must not change a token.
 SCHEDULES = {
@@ -540,7 +551,7 @@ def test_one_text_is_not_a_list_of_prompts(engine):
         engine.generate("abc", GREEDY)
 
 
-@pytest.mark.parametrize(("length", "max_tokens"), [(1, 511), (511, 1), (500, 12)])
+@pytest.mark.parametrize(("length", "max_tokens"), [(496, 16), (511, 1), (500, 12)])
 def test_up_to_the_models_limit(engine, length, max_tokens):
     (output,) = within(engine.generate, prompts(length), greedy(max_tokens))
     assert len(output.token_ids) == max_tokens
