@@ -48,6 +48,8 @@ class OptimizedModel:
 
     def _build(self, model: Any) -> None:
         """Capture, rewrite and lay out the weights; a failure leaves the model as it was."""
+        max_model_len = self._max_model_len(model)
+        current = fingerprint(model)
         start = time.perf_counter()
         captured = capture(model)
         self.seconds["capture"] = time.perf_counter() - start
@@ -56,14 +58,23 @@ class OptimizedModel:
         self.seconds["passes"] = time.perf_counter() - start
         start = time.perf_counter()
         weights = LiveWeights(model, compiled.merges)
-        weights.attach()
-        compiled.bind(weights.resolve(compiled.weight_inputs))
+        self._attach(weights, compiled)
         self.seconds["weights"] = time.perf_counter() - start
         self.compiled: CompiledForward = compiled
         self.weights = weights
         self.device: torch.device = next(model.parameters()).device
-        self.fingerprint = fingerprint(model)
-        self.max_model_len = self._max_model_len(model)
+        self.fingerprint = current
+        self.max_model_len = max_model_len
+
+    @staticmethod
+    @torch.inference_mode(False)  # parameters must not become inference tensors
+    def _attach(weights: LiveWeights, compiled: CompiledForward) -> None:
+        weights.attach()
+        try:
+            compiled.bind(weights.resolve(compiled.weight_inputs))
+        except BaseException:
+            weights.detach()
+            raise
 
     def _max_model_len(self, model: Any) -> int:
         limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -102,12 +113,13 @@ class OptimizedModel:
             self._engine.wait_idle()
         self.weights.detach()
         self.fingerprint = fingerprint(model)
+        self._refusal = "the changed model could not be captured"
         try:
             self._build(model)
-            self._refusal = None
         except UnsupportedModelError as error:
             self._refusal = f"the changed model is not supported: {error}"
             return
+        self._refusal = None
         if self._engine is not None:
             self._engine.replace(self.compiled, self.device, self.max_model_len)
 
@@ -116,12 +128,11 @@ class OptimizedModel:
         if self._engine is not None:
             self._engine.wait_idle()  # requests end with the weights they began with
         self.weights.detach()
-        self.weights.attach()
-        self.compiled.bind(self.weights.resolve(self.compiled.weight_inputs))
+        self._attach(self.weights, self.compiled)
 
     def engine(self) -> EngineCore:
         with self._lock:
-            if self._engine is None:
+            if self._engine is None or not self._engine.alive:
                 self._engine = EngineCore(
                     self.compiled,
                     self.config,
@@ -244,9 +255,14 @@ def restore(model: Model) -> Model:
 
 
 def _unpatch_if_unused(cls: type) -> None:
-    with _registry_lock:
-        if not any(type(model) is cls for model in list(_optimized.keys())):
-            unpatch(cls)
+    # Also called by the garbage collector, in any thread and whatever it holds: never wait there.
+    # A patch that stays finds no model and does nothing.
+    if _registry_lock.acquire(blocking=False):
+        try:
+            if not any(type(model) is cls for model in list(_optimized.keys())):
+                unpatch(cls)
+        finally:
+            _registry_lock.release()
 
 
 def explain(model: Any) -> Explanation:

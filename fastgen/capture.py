@@ -208,7 +208,12 @@ def capture(model: Any) -> CapturedGraph:
     Raises: UnsupportedModelError, naming what is not understood.
     """
     check_model(model)
-    with _capture_lock, torch.no_grad(), torch.autocast(_device(model).type, enabled=False):
+    with (
+        _capture_lock,
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(_device(model).type, enabled=False),
+    ):
         _register()
         program = _export(model)
     captured = _lift(model, program)

@@ -58,7 +58,7 @@ class Engine:
         """
         detokenizer = Detokenizer(self.tokenizer) if self.tokenizer is not None else None
         try:
-            while (event := request.events.get())[0] == "token":
+            while (event := request.next_event())[0] == "token":
                 text = detokenizer.push([event[1]]) if detokenizer else ""
                 yield TokenEvent([event[1]], text)
             if request.error is not None:
@@ -70,8 +70,7 @@ class Engine:
 
     def result(self, request: Request) -> RequestOutput:
         """Wait for the end of a request; an error is in the output, not raised."""
-        while request.events.get()[0] != "finish":
-            pass
+        request.done.wait()
         return self._output(request)
 
     def cancel(self, request: Request) -> None:

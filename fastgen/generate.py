@@ -316,9 +316,9 @@ class _Call:
         try:
             self.engine.submit_all(self.requests)
             for request in self.requests:
-                while (event := request.events.get())[0] == "token":
+                while (event := request.next_event())[0] == "token":
                     self.streamer.put(torch.tensor([event[1]]))
-                if request.error is not None:
+                if request.finish_reason in ("error", "cancelled"):
                     raise failure(request)
         finally:
             self.engine.cancel_all(self.requests)

@@ -16,6 +16,7 @@ from tiny_models import FAMILIES, prompts, tiny_model
 from torch import nn
 from transformers.models.llama import modeling_llama
 
+import fastgen
 from fastgen.capture import capture
 from fastgen.compiled import compile_graph
 from fastgen.engine.batch import ForwardBatch
@@ -594,6 +595,22 @@ def test_an_attribute_that_cannot_be_copied_is_no_other_error():
     before = photograph(model)
     with contextlib.suppress(UnsupportedModelError):
         assert len(attentions(capture(model))) == 2
+    assert_untouched(model, before)
+
+
+def test_a_graph_that_cannot_be_rewritten_is_refused_as_an_unsupported_model(monkeypatch):
+    """Capture lets an enabled autocast pass; the passes do not, and optimize must name the model."""
+    original = modeling_llama.LlamaMLP.forward
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return original(self, x).float()
+
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", forward)
+    model = tiny_model("llama")
+    before = photograph(model)
+    with pytest.raises(UnsupportedModelError, match="autocast"):
+        fastgen.optimize(model)
     assert_untouched(model, before)
 
 

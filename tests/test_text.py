@@ -31,7 +31,7 @@ from fastgen.text import Detokenizer, encode_prompt
 LINES = [
     "The quick brown fox jumps over the lazy dog.",
     "Hello, hello! How are you today?  Two spaces\nand\n\nnew lines\tand tabs.",
-    "你好，世界。今天天气很好。",
+    "你好，世界。今天天气很好。",  # noqa: RUF001
     "こんにちは、元気ですか。 日本語のテキスト",
     "naïve café déjà vu Straße Ωμέγα Привет",
     "👍🏽 👨‍👩‍👧‍👦 🎉🎉 🇩🇪 😀😃😄",

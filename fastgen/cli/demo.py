@@ -9,23 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from .. import Engine, RequestOutput, SamplingParams, api
+from ..text import encode_prompt
 from .models import add_model_arguments, load_model
 
-PROMPTS = (
-    "def read_file(path):\n",
-    'class Stack:\n    """',
-    "import os\nimport sys\n\n",
-    "def main():\n    parser = argparse.ArgumentParser(",
-    "    def __init__(self, name, ",
-    "try:\n    import ",
-    "# Copyright",
-    "def test_",
-    "for key, value in ",
-    "class Error(Exception):\n",
-    "    if not isinstance(",
-    "def _split(self, line):\n    ",
+ASK = "Write a Python function, "
+# What is asked, and the most tokens it may get; texts that begin with ASK are sent as a chat.
+REQUESTS = (
+    ("def read_file(path):\n", 64),
+    (ASK + "`is_absolute(path)`: Return True if the path is absolute.", 96),
+    ("def parse_args(args):\n", 96),
+    (ASK + "`read_lines(path)`: Return the lines of a file as a list.", 48),
+    ("def add(self, key, value):\n", 80),
+    (ASK + "`remove(path)`: Remove a file.", 64),
+    ("with open(path) as f:\n", 56),
+    (ASK + "`find(self, name)`: Find an entry by its name.", 112),
+    ("def get(self, name, default=None):\n", 72),
+    (ASK + "`is_empty(queue)`: Return True if the queue is empty.", 40),
+    ("def sort(items):\n", 48),
+    (ASK + "`parse_header(line)`: Parse a header line.", 32),
 )
-LENGTHS = (96, 40, 64, 120, 24, 56, 80, 32, 48, 72, 104, 16)
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -43,9 +45,14 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console()
     folder = arguments.model or Path("demo")
     model, tokenizer = load_model(folder, arguments.dtype or "float32", arguments.device)
-    prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
+    prompts = [
+        encode_prompt(
+            [{"role": "user", "content": text}] if text.startswith(ASK) else text, tokenizer
+        )
+        for text, _ in REQUESTS
+    ]
     console.print(
-        f"[bold]fastgen demo[/bold]: {len(PROMPTS)} prompts on a "
+        f"[bold]fastgen demo[/bold]: {len(REQUESTS)} requests on a "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameter model "
         f"({model.dtype}, {model.device}), up to {arguments.max_num_seqs} at a time"
     )
@@ -82,7 +89,7 @@ def run_transformers(
 
     tokens, first, per_token = [], [], []
     start = time.perf_counter()
-    for prompt, length in zip(prompts, LENGTHS, strict=True):
+    for prompt, (_, length) in zip(prompts, REQUESTS, strict=True):
         clock, ids = Clock(), torch.tensor([prompt], device=model.device)
         out = model.generate(ids, max_new_tokens=length, do_sample=False, streamer=clock)
         tokens.append(out[0, len(prompt) :].tolist())
@@ -123,7 +130,7 @@ def run_engine(
     start = time.perf_counter()
     requests = [
         engine.submit(prompt, SamplingParams(max_tokens=length, temperature=0.0))
-        for prompt, length in zip(prompts, LENGTHS, strict=True)
+        for prompt, (_, length) in zip(prompts, REQUESTS, strict=True)
     ]
     threads = [
         threading.Thread(target=follow, args=item, daemon=True) for item in enumerate(requests)
@@ -146,14 +153,15 @@ def progress(texts: list[str], states: list[str]) -> Any:
 
     colours = {"waiting": "dim", "running": "yellow"}
     table = Table(box=None, pad_edge=False)
-    for name in ("request", "state", "tokens so far"):
-        table.add_column(name, no_wrap=True, overflow="ellipsis")
-    for prompt, text, state in zip(PROMPTS, texts, states, strict=True):
+    table.add_column("request", no_wrap=True, min_width=28)
+    table.add_column("state", no_wrap=True, min_width=7)
+    table.add_column("the end of its text", no_wrap=True, overflow="ellipsis")
+    for (prompt, _), text, state in zip(REQUESTS, texts, states, strict=True):
         tail = " ".join(text.split())
         table.add_row(
-            Text(" ".join(prompt.split())[:28]),
+            Text(" ".join(prompt.removeprefix(ASK).split())[:28]),
             Text(state, style=colours.get(state, "green")),
-            Text(tail[-72:]),
+            Text(tail[-60:]),
         )
     return table
 

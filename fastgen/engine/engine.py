@@ -14,7 +14,13 @@ import torch
 
 from ..compiled import CompiledForward
 from ..config import SEED_MAX, Config, check_int
-from ..errors import CapacityError, FastgenError, InvalidRequestError, RequestFailedError
+from ..errors import (
+    CapacityError,
+    EngineClosedError,
+    FastgenError,
+    InvalidRequestError,
+    RequestFailedError,
+)
 from ..outputs import EngineMetrics
 from .block_pool import BlockPool
 from .kv_cache import KVCache, block_bytes, free_memory_bytes
@@ -68,6 +74,11 @@ class EngineCore:
 
     # Called from any thread.
 
+    @property
+    def alive(self) -> bool:
+        """Whether the engine thread runs: not after close, nor in a forked child."""
+        return self._mailbox.thread is not None and self._mailbox.thread.is_alive()
+
     def check(self, request: Request) -> None:
         """Raise InvalidRequestError or CapacityError if the request could never run."""
         prompt = request.prompt_token_ids
@@ -75,7 +86,8 @@ class EngineCore:
             raise InvalidRequestError("a prompt must hold at least one token, got none")
         largest = self.compiled.vocab_size - 1
         for token_id in prompt:
-            check_int("each prompt token id", token_id, 0, largest, InvalidRequestError)
+            if type(token_id) is not int or not 0 <= token_id <= largest:
+                check_int("each prompt token id", token_id, 0, largest, InvalidRequestError)
         length, max_tokens = len(prompt), request.sampling.max_tokens
         if length + max_tokens > self.max_model_len:
             raise CapacityError(
@@ -316,7 +328,8 @@ class EngineCore:
     def _ended(self, request: Request) -> None:
         self._generators.pop(request.request_id, None)
         request.events.put(("finish", request.finish_reason))
-        if request.group is not None and request.error is not None:
+        request.done.set()
+        if request.group is not None:
             request.group.fail(failure(request))
 
     def _snapshot(self) -> EngineMetrics:
@@ -342,8 +355,13 @@ class EngineCore:
         )
 
 
-def failure(request: Request) -> RequestFailedError:
-    """The error a caller sees for a request that ended by one."""
+def failure(request: Request) -> FastgenError:
+    """The error a caller sees for a request that did not come to its own end."""
+    if request.error is None:
+        return EngineClosedError(
+            f"request {request.request_id} was cancelled: its engine was closed, or its model "
+            "restored, while it ran"
+        )
     error = RequestFailedError(
         f"request {request.request_id} failed: {type(request.error).__name__}: {request.error}"
     )
@@ -358,11 +376,13 @@ def _run_engine(reference: Callable[[], Any], mailbox: Mailbox) -> None:
         if engine is None:
             return
         try:
-            while engine._step():
+            while engine._step() and not mailbox.closed:
                 pass
         except BaseException as error:
             logger.exception("the engine stopped")
             mailbox.close(join=False)
+            for message in mailbox.take():  # whoever waits for an answer gets one
+                message()
             engine._abandon(error)
             return
         del engine

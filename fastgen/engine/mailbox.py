@@ -49,6 +49,10 @@ class Mailbox:
         self.post(run)
         return future.result()
 
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
     def take(self) -> list[Callable[[], Any]]:
         """All messages posted so far, without waiting."""
         with self._condition:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import itertools
 import queue
+import threading
 import time
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -54,9 +55,10 @@ class Request:
             the first new token of a right-padded row from a padding token that nobody attends to.
         first_output_position: Position of the first generated token; prompts start at 0.
         group, row: Who chooses this request's tokens, and its row there; None: the sampler.
-        stream: Whether every token is put into `events`, or only the end.
+        stream: Whether every token is put into `events`.
         seed: Of the request's own generator; set when it is submitted.
-        events: Receives ("token", id) for each token and ("finish", reason) once.
+        events: Receives ("token", id) for each token if `stream` is set, and ("finish", reason).
+        done: Set when the request has ended.
     """
 
     prompt_token_ids: list[int]
@@ -80,6 +82,7 @@ class Request:
     query_done: bool = False
     num_preemptions: int = 0
     events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
+    done: threading.Event = field(default_factory=threading.Event)
     arrival_time: float = field(default_factory=time.perf_counter)
     scheduled_time: float | None = None
     first_token_time: float | None = None
@@ -115,6 +118,13 @@ class Request:
             return range(start, end)
         offset = self.first_output_position - num_prompt  # pyright: ignore
         return [i if i < num_prompt else i + offset for i in range(start, end)]
+
+    def next_event(self) -> tuple[str, Any]:
+        """Wait for the next of `events`; the end again if it was taken already."""
+        try:
+            return self.events.get_nowait()
+        except queue.Empty:
+            return ("finish", self.finish_reason) if self.done.is_set() else self.events.get()
 
     def end(self, reason: str, error: BaseException | None = None) -> None:
         """Note that the request is over; its owner has taken its blocks back."""

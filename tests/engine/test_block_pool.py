@@ -159,7 +159,9 @@ class FreshFirst(BlockPool):
 
 
 @pytest.mark.parametrize(
-    "broken", [HandsOutTwice, HandsOutNull, TakesBeforeItRefuses, FreshFirst], ids=lambda c: c.__name__
+    "broken",
+    [HandsOutTwice, HandsOutNull, TakesBeforeItRefuses, FreshFirst],
+    ids=lambda c: c.__name__,
 )
 def test_planted_mistake_is_found(broken):
     operations: list[Operation] = [(2, None), (None, 0), (2, None), (1, None), (9, None)]

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from fastgen.passes import CacheSpec
+from fastgen.passes.insert_paged_cache import LayerCache
 
 from fastgen.engine import kv_cache
 from fastgen.engine.block_pool import NULL_BLOCK
 from fastgen.engine.kv_cache import KVCache, block_bytes, free_memory_bytes
-from fastgen.passes import CacheSpec
-from fastgen.passes.insert_paged_cache import LayerCache
 
 CPU = torch.device("cpu")
 

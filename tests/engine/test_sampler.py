@@ -199,9 +199,7 @@ def check_independence(draw) -> None:
     params = [*PARAMS, GREEDY, PLAIN]
     num_rows = len(params)
     logits = random_logits(num_rows, 64, seed=2)
-    alone = [
-        draw(logits[i : i + 1], [params[i]], generators([i]))[0] for i in range(num_rows)
-    ]
+    alone = [draw(logits[i : i + 1], [params[i]], generators([i]))[0] for i in range(num_rows)]
     assert draw(logits, params, generators(range(num_rows))) == alone
     order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(3)).tolist()
     shuffled = draw(logits[order], [params[i] for i in order], generators(order))
