@@ -599,7 +599,7 @@ def test_an_attribute_that_cannot_be_copied_is_no_other_error():
 
 
 def test_a_graph_that_cannot_be_rewritten_is_refused_as_an_unsupported_model(monkeypatch):
-    """Capture lets an enabled autocast pass; the passes do not, and optimize must name the model."""
+    """Capture lets an enabled autocast through, the passes do not; optimize says it by name."""
     original = modeling_llama.LlamaMLP.forward
 
     def forward(self, x):

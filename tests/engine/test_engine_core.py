@@ -5,6 +5,7 @@ Tokens are compared with transformers' greedy loop, run for each prompt alone on
 
 from __future__ import annotations
 
+import queue
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -30,6 +31,7 @@ from tiny_models import VOCAB, prompts
 import fastgen
 from fastgen import SamplingParams
 from fastgen.engine import runner
+from fastgen.engine.request import Request
 
 # What changes the schedule and must not change a token.
 SCHEDULES = {
@@ -229,6 +231,43 @@ def test_result_from_two_threads(engine, gate, expected):
         gate.open()
         outputs = [future.result() for future in futures]
     assert [output.token_ids for output in outputs] == [expected[1][0][:3]] * 2
+
+
+class EndsMeanwhile:
+    """Events of a request that ends just when its consumer has found that there is nothing."""
+
+    def __init__(self, request: Request) -> None:
+        self._request, self._queue = request, queue.SimpleQueue()
+
+    def _end(self) -> None:
+        if self._request.finish_reason is None:
+            self._queue.put(("token", 5))
+            self._request.output_token_ids.append(5)
+            self._request.end("length")
+            self._queue.put(("finish", "length"))
+            if hasattr(self._request, "done"):
+                self._request.done.set()
+
+    def put(self, event: tuple) -> None:
+        self._queue.put(event)
+
+    def get(self) -> tuple:
+        if self._queue.empty():
+            self._end()
+        return self._queue.get()
+
+    def get_nowait(self) -> tuple:
+        if self._queue.empty():
+            self._end()
+            raise queue.Empty
+        return self._queue.get_nowait()
+
+
+def test_last_token_is_streamed_even_if_the_end_comes_at_once(engine):
+    request = Request([1], greedy(1), stream=True)
+    request.events = EndsMeanwhile(request)
+    events = within(lambda: list(engine.stream(request)))
+    assert [event.token_ids for event in events] == [[5], []]
 
 
 # Cancelling.

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from engine_helpers import (  # noqa: F401 - the fixtures are used by name
@@ -246,22 +248,41 @@ def test_model_stays_optimised_after_close(make_engine, model, expected):
 # Memory that goes away.
 
 
-def test_forgotten_model_and_engine_go_away():
+def use_and_forget(kept: list) -> tuple[list[weakref.ref], threading.Thread]:
+    """Run a request, then drop the model and the engine; `kept` may hold something back."""
     model = tiny_model("qwen2")
     engine = fastgen.Engine(model)
     within(engine.generate, [[1, 2, 3]], greedy(3))
     core = core_of(engine)
-    thread = core._mailbox.thread
-    references = [
-        weakref.ref(thing)
-        for thing in (model, engine, core, core._runner, core._runner.kv_cache, core.compiled)
-    ]
-    assert thread.is_alive()
-    del model, engine, core
+    assert core._mailbox.thread.is_alive()
+    things = (model, engine, core, core._runner, core._runner.kv_cache, core.compiled)
+    kept.extend(things[: kept.count("model")])
+    return [weakref.ref(thing) for thing in things], core._mailbox.thread
+
+
+def check_gone(references: list[weakref.ref], thread: threading.Thread) -> None:
     gc.collect()
     assert [reference() for reference in references] == [None] * len(references)
     thread.join(10)
     assert not thread.is_alive()
+
+
+def test_forgotten_model_and_engine_go_away():
+    check_gone(*use_and_forget([]))
+
+
+def test_planted_reference_is_found():
+    kept = ["model"]
+    references, thread = use_and_forget(kept)
+    with pytest.raises(AssertionError):
+        check_gone(references, thread)
+    kept.clear()
+    check_gone(references, thread)
+
+
+def test_planted_hang_is_found():
+    with pytest.raises(AssertionError, match="did not return"):
+        within(threading.Event().wait, limit=0.1)
 
 
 def test_forgotten_engine_leaves_the_models_own(model, expected):

@@ -121,3 +121,11 @@ def test_refused_requests_are_no_finished_requests(engine):
     with pytest.raises(fastgen.InvalidRequestError):
         within(engine.generate, [[1], [2], []], greedy(2))
     assert engine.metrics().finished == before
+
+
+def test_planted_missing_check_is_found(engine, monkeypatch):
+    """Without the check an id outside the vocabulary is let in, and fails in the model."""
+    monkeypatch.setattr(fastgen.api.require(engine.model).engine(), "check", lambda request: None)
+    with pytest.raises(pytest.fail.Exception), pytest.raises(InvalidRequestError):
+        request = engine.submit(BAD_PROMPTS["vocab"], greedy(3))
+    assert within(engine.result, request).finish_reason == "error"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -71,9 +71,14 @@ def test_lockstep_group_must_fit_together(make_engine):
 
 def test_leaving_a_lockstep_group_early_ends_its_rows(engine, expected):
     group = lockstep_group(core_of(engine), expected[0][:2], 300)
-    with pytest.raises(Boom), group:
-        within(group.next_logits)
-        raise Boom
+
+    def leave() -> None:
+        with group:
+            group.next_logits()
+            raise Boom
+
+    with pytest.raises(Boom):
+        within(leave)
     assert [request.finish_reason for request in group.requests] == ["cancelled"] * 2
     assert [request.block_ids for request in group.requests] == [[], []]
 
@@ -148,22 +153,11 @@ def test_two_lockstep_groups_made_at_the_same_time(make_engine, expected, gated)
     gate.wait()
     made = [Request(rows[i // 2], greedy(5)) for i in range(6)]
     groups = [LockstepGroup(core_of(engine), made[i::2]) for i in range(2)]
-    results: list[list[list[int]]] = [[], []]
-
-    def work(number: int) -> None:
-        results[number] = drive(groups[number], 5)
-
-    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    wait_until(lambda: len(core_of(engine)._mailbox._messages) == 2)
-    gate.open()
-    for thread in threads:
-        thread.join(10)
-    stuck = [thread.is_alive() for thread in threads]
-    if any(stuck):
-        within(engine.close)
-    assert stuck == [False, False]
+    with ThreadPoolExecutor(2) as executor:
+        futures = [executor.submit(within, drive, group, 5) for group in groups]
+        wait_until(lambda: len(core_of(engine)._mailbox._messages) == 2)
+        gate.open()
+        results = [future.result() for future in futures]
     assert results == [[row[:5] for row in tokens[:3]]] * 2
     assert within(engine.result, dummy).finish_reason == "length"
 
