@@ -19,6 +19,7 @@ from .errors import NotOptimizedError, UnsupportedModelError
 from .explanation import Explanation
 from .generate import TransformersLoop, patch, unpatch
 from .live import LiveWeights, fingerprint
+from .versions import warn_of_untested_versions
 
 logger = logging.getLogger("fastgen")
 
@@ -194,6 +195,7 @@ def optimize(model: Model, config: Config | None = None, **fields: Any) -> Model
     Raises: UnsupportedModelError (the model is left untouched), ValueError or TypeError for a
         bad field, or for other settings than those the model was optimised with.
     """
+    warn_of_untested_versions()
     config = (config or Config()).replace(**fields)
     with _registry_lock:
         existing = lookup(model)

@@ -193,7 +193,10 @@ def check_model(model: Any) -> None:
         if needed not in parameters:
             raise UnsupportedModelError(f"{name}.forward takes no {needed}")
     if hooked := hooked_modules(model):
-        raise UnsupportedModelError(f"forward hooks on {', '.join(hooked[:3])} would be skipped")
+        raise UnsupportedModelError(
+            f"forward hooks, or forwards replaced on the instance, on {', '.join(hooked[:3])} would "
+            "be skipped; remove them first"
+        )
     if model.config._attn_implementation == ATTENTION_NAME:
         raise UnsupportedModelError(
             f"{name} has attn_implementation={ATTENTION_NAME!r}, which is for capture only"
