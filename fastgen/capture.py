@@ -194,7 +194,7 @@ def check_model(model: Any) -> None:
             raise UnsupportedModelError(f"{name}.forward takes no {needed}")
     if hooked := hooked_modules(model):
         raise UnsupportedModelError(
-            f"forward hooks, or forwards replaced on the instance, on {', '.join(hooked[:3])} would "
+            f"forward hooks or replaced forwards on {', '.join(hooked[:3])} would "
             "be skipped; remove them first"
         )
     if model.config._attn_implementation == ATTENTION_NAME:
