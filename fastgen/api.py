@@ -158,6 +158,7 @@ class OptimizedModel:
         """End the engine and give the parameters memory of their own."""
         with self._lock:
             self.close_engine()
+            self.compiled.unbind()
             self.weights.detach()
 
     def count_fallback(self, reason: str) -> None:

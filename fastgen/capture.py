@@ -26,7 +26,13 @@ ATTENTION_NAME = "fastgen"
 
 # Passed through to attention by the models, and without effect on a forward without a cache:
 # positions have been applied by RoPE, the rest says what to return.
-_IGNORED_KWARGS = {"position_ids", "cache_position", "use_cache", "output_attentions"}
+_IGNORED_KWARGS = {
+    "position_ids",
+    "cache_position",
+    "use_cache",
+    "output_attentions",
+    "output_router_logits",
+}
 
 # torch.export keeps global state: one capture at a time in a process.
 _capture_lock = threading.Lock()
@@ -69,7 +75,7 @@ def _attention_forward(
     """
     where = f"attention of layer {getattr(module, 'layer_idx', '?')}"
     for name, given in kwargs.items():
-        if given is not None and given is not False and name not in _IGNORED_KWARGS:
+        if given is not None and name not in _IGNORED_KWARGS:
             raise UnsupportedModelError(f"{where}: {name}={given!r} is not understood")
     if dropout:
         raise UnsupportedModelError(f"{where}: dropout={dropout} is active in evaluation mode")
@@ -194,8 +200,8 @@ def check_model(model: Any) -> None:
             raise UnsupportedModelError(f"{name}.forward takes no {needed}")
     if hooked := hooked_modules(model):
         raise UnsupportedModelError(
-            f"forward hooks or replaced forwards on {', '.join(hooked[:3])} would "
-            "be skipped; remove them first"
+            f"forward hooks or replaced forwards on {', '.join(hooked[:3])} would be skipped; "
+            "remove them first"
         )
     if model.config._attn_implementation == ATTENTION_NAME:
         raise UnsupportedModelError(
@@ -231,7 +237,12 @@ def _device(model: nn.Module) -> torch.device:
 
 def _export(model: nn.Module) -> torch.export.ExportedProgram:
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    clone: Any = copy.deepcopy(model, shared)
+    try:
+        clone: Any = copy.deepcopy(model, shared)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be copied for capture: {type(error).__name__}: {error}"
+        ) from error
     clone.eval()
     clone.set_attn_implementation(ATTENTION_NAME)
     if clone.config._attn_implementation != ATTENTION_NAME:

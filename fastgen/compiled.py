@@ -9,8 +9,10 @@ import torch
 from torch import fx
 
 from . import kernels
+from .errors import UnsupportedModelError
 from .passes import CapturedGraph, InputSpec, Report, run_passes
 from .passes.insert_paged_cache import CacheSpec, cache_spec
+from .passes.pipeline import RequiredPassError
 
 _WEIGHT_KINDS = ("parameter", "buffer", "merged")
 
@@ -55,6 +57,12 @@ class CompiledForward:
             if spec.kind in _WEIGHT_KINDS:
                 self._arguments[index] = weights[spec]
 
+    def unbind(self) -> None:
+        """Forget the weights, so that their memory can go; `bind` before the next call."""
+        for index, spec in enumerate(self.inputs.values()):
+            if spec.kind in _WEIGHT_KINDS:
+                self._arguments[index] = None
+
     def release(self) -> None:
         """Forget the cache, so that its memory can go."""
         self._bound_cache = None
@@ -81,9 +89,13 @@ class CompiledForward:
 def compile_graph(captured: CapturedGraph, passes_off: Sequence[str] = ()) -> CompiledForward:
     """Run the passes over a captured graph and make it callable.
 
-    Raises: ValueError for an unknown name in passes_off.
+    Raises: ValueError for an unknown name in passes_off, UnsupportedModelError if a required pass
+        refuses the graph.
     """
-    graph, report = run_passes(captured, passes_off)
+    try:
+        graph, report = run_passes(captured, passes_off)
+    except RequiredPassError as error:
+        raise UnsupportedModelError(f"the graph cannot be rewritten: {error}") from error
     report.facts["num_layers"] = captured.num_layers
     return CompiledForward(graph, report)
 

@@ -12,8 +12,14 @@ from torch import nn
 from .passes import InputSpec, MergePlan
 
 _SCALARS = (int, float, bool, str, type(None))
-# What does not change the function that a module computes in evaluation mode.
-_IGNORED_ATTRIBUTES = {"training", "gradient_checkpointing"}
+# What does not change the function that a module computes in evaluation mode: modes of training,
+# the dictionaries that every module has, and a note of transformers' that its hooks are in place.
+_IGNORED_ATTRIBUTES = {
+    "training",
+    "gradient_checkpointing",
+    "_output_capturing_hooks_installed",
+    *vars(nn.Module()),
+}
 
 
 def hooked_modules(model: nn.Module) -> list[str]:
@@ -49,15 +55,13 @@ def fingerprint(model: nn.Module) -> tuple:
                 type(module),
                 type(module).forward,
                 attributes.get("forward"),
-                tuple(map(id, module._forward_hooks.values())),
+                tuple(id(h) for h in module._forward_hooks.values() if not _is_output_capture(h)),
                 tuple(map(id, module._forward_pre_hooks.values())),
                 tuple(
-                    (key, value)
+                    (key, repr(value))
                     for key, value in attributes.items()
-                    if isinstance(value, _SCALARS) and key not in _IGNORED_ATTRIBUTES
+                    if key not in _IGNORED_ATTRIBUTES and _is_plain(value)
                 ),
-                repr(attributes.get("_active_adapter")),
-                repr(attributes.get("merged_adapters")),
             )
         )
     tensors: dict[int, int] = {}
@@ -70,6 +74,16 @@ def fingerprint(model: nn.Module) -> tuple:
         for index, (name, tensor) in enumerate(named)
     )
     return tuple(modules), weights, repr(vars(getattr(model, "config", None)))
+
+
+def _is_plain(value: Any) -> bool:
+    """A scalar, or a container of nothing but plain values (a LoRA layer's scales are a dict)."""
+    match value:
+        case dict():
+            return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
+        case list() | tuple() | set() | frozenset():
+            return all(map(_is_plain, value))
+    return isinstance(value, _SCALARS)
 
 
 def memory_of(tensor: torch.Tensor) -> tuple:
@@ -146,6 +160,7 @@ def _tensor(model: nn.Module, name: str) -> torch.Tensor:
     return getattr(model.get_submodule(module_name), attribute)
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def _merge(model: nn.Module, plan: MergePlan) -> torch.Tensor:
     members = [model.get_parameter(name) for name in plan.members]
@@ -160,6 +175,7 @@ def _merge(model: nn.Module, plan: MergePlan) -> torch.Tensor:
     return merged
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def _split(model: nn.Module, plan: MergePlan, merged: torch.Tensor) -> None:
     start, size = merged.data_ptr(), merged.numel() * merged.element_size()

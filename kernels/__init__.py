@@ -20,6 +20,7 @@ if __name__ == "fastgen.kernels":
         "select",
     ]
 else:
+    __path__ = []  # no submodule is found: a second copy would register the ops again
     __file__ = None  # pyright: ignore  # what transformers takes for "not an installed package"
 
     def __getattr__(name: str):

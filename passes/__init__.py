@@ -3,6 +3,7 @@
 if __name__ != "fastgen.passes":
     raise ImportError(f"import this package as fastgen.passes, not as {__name__}")
 
+from .. import kernels as _kernels  # noqa: F401 - registers the ops that the passes name
 from .graph import BATCH_INPUTS, CapturedGraph, InputSpec, MergePlan
 from .insert_paged_cache import CacheSpec, LayerCache
 from .pipeline import PASSES, run_passes

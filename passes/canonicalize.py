@@ -20,21 +20,23 @@ _REGIONS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 def canonicalize(captured: CapturedGraph) -> PassReport:
     report = PassReport("canonicalize")
     graph = captured.graph
-    for node in list(graph.nodes):
-        if node.op == "call_function" and getattr(node.target, "__name__", "") in _REGIONS:
+    while regions := [node for node in graph.nodes if _is_region(node)]:  # regions hold regions
+        for node in regions:
             report.matches += _inline_region(captured.module, node)
+        graph.eliminate_dead_code()
+        captured.module.delete_all_unused_submodules()
+    mutates = any(map(_mutates, graph.nodes))
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
         if node.target is aten._assert_tensor_metadata.default:
             graph.erase_node(node)
             report.matches += 1
-        elif (same := _identity_of(node)) is not None:
+        elif (same := _identity_of(node)) is not None and not (_is_copy(node) and mutates):
             node.replace_all_uses_with(same)
             graph.erase_node(node)
             report.matches += 1
     graph.eliminate_dead_code()
-    captured.module.delete_all_unused_submodules()
     captured.remove_unused_inputs()
     return report
 
@@ -48,7 +50,8 @@ def _inline_region(module: fx.GraphModule, node: fx.Node) -> int:
     if kind == "wrap_with_autocast" and enabled:
         raise ValueError(f"{node.name} computes under an enabled autocast {switches}")
     submodule_node = node.args[position]
-    body = getattr(module, submodule_node.target)  # pyright: ignore
+    body_name = str(submodule_node.target)  # pyright: ignore
+    body = getattr(module, body_name)
     values = dict(
         zip(
             [inner for inner in body.graph.nodes if inner.op == "placeholder"],
@@ -61,6 +64,11 @@ def _inline_region(module: fx.GraphModule, node: fx.Node) -> int:
         for inner in body.graph.nodes:
             if inner.op == "output":
                 results = fx.map_arg(inner.args[0], values.__getitem__)
+            elif inner.op == "get_attr":
+                module.register_module(
+                    name := f"{body_name}_{inner.target}", getattr(body, inner.target)
+                )
+                values[inner] = module.graph.get_attr(name)
             elif inner.op != "placeholder":
                 values[inner] = module.graph.node_copy(inner, values.__getitem__)
     for user in list(node.users):
@@ -68,6 +76,10 @@ def _inline_region(module: fx.GraphModule, node: fx.Node) -> int:
         module.graph.erase_node(user)
     module.graph.erase_node(node)
     return 1
+
+
+def _is_region(node: fx.Node) -> bool:
+    return node.op == "call_function" and getattr(node.target, "__name__", "") in _REGIONS
 
 
 def _is_submodule(arg: object) -> bool:
@@ -94,6 +106,20 @@ def _identity_of(node: fx.Node) -> fx.Node | None:
         case aten.alias.default | aten.detach.default:
             return source
     return None
+
+
+def _mutates(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _is_copy(node: fx.Node) -> bool:
+    """Whether the result is new memory, on which arithmetic in place may count."""
+    if node.target in (aten.mul.Tensor, aten._to_copy.default):
+        return True
+    schema = node.target._schema  # pyright: ignore
+    given = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False))
+    return bool({**given, **node.kwargs}.get("copy"))
 
 
 def _is_number(arg: object) -> bool:

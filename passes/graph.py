@@ -68,9 +68,11 @@ class CapturedGraph:
         for old, new in copies.items():
             new.meta = dict(old.meta)
         module = fx.GraphModule(self.module, graph)
+        # torch.fx may rename a node on the way, for one if it is called like a builtin.
+        inputs = {copies[node].name: self.inputs[node.name] for node in self.placeholders()}
         return CapturedGraph(
             module,
-            dict(self.inputs),
+            inputs,
             self.num_layers,
             self.constants,
             self.parameter_refusals,
@@ -92,6 +94,7 @@ class CapturedGraph:
         last = self.placeholders()[-1]
         with self.graph.inserting_after(last):
             node = self.graph.placeholder(name)
+        node.target = node.name  # the argument's name, which must be no other input's
         node.meta["val"] = value
         self.inputs[node.name] = spec
         return node

@@ -68,6 +68,11 @@ def insert_paged_cache(captured: CapturedGraph) -> PassReport:
     ]
     if not attentions:
         return report
+    for node in attentions:
+        if node.args[3] is not None:
+            raise ValueError(
+                f"{node.name} has a mask ({node.args[3]}), which no paged op can carry"
+            )
     fake_mode = fake_mode_of(captured.placeholders())
     device = attentions[0].meta["val"].device
 

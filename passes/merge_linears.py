@@ -86,7 +86,7 @@ def _product_members(node: fx.Node) -> list[fx.Node] | None:
         return None
     for activated, up in (node.args, node.args[::-1]):
         gate = activated.args[0] if activated.target in _ACTIVATIONS else None  # pyright: ignore
-        if _is_linear(gate) and _is_linear(up):
+        if _is_linear(gate) and _is_linear(up) and gate is not up:
             return [gate, up]  # pyright: ignore
     return None
 

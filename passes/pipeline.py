@@ -18,6 +18,10 @@ from .report import PassReport, Report
 logger = logging.getLogger("fastgen")
 
 
+class RequiredPassError(ValueError):
+    """A pass that the rest relies on could not do its work; `__cause__` says why."""
+
+
 @dataclass(frozen=True)
 class Pass:
     """A rewrite: `run` changes the graph it is given and returns its report.
@@ -82,7 +86,7 @@ def _run(
                 check_values(current, candidate)
         except Exception as error:
             if item.required:
-                raise
+                raise RequiredPassError(f"{item.name}: {error}") from error
             logger.warning("pass %s failed and was rolled back: %s", item.name, error)
             result = PassReport(item.name, status="rolled back")
             result.refuse("the whole graph", f"{type(error).__name__}: {error}")

@@ -266,6 +266,11 @@ def test_planted_window_in_the_wrong_layer_is_seen():
         assert_logits(forward.run(token_ids), plain, token_ids)
 
 
+def dtypes(captured) -> list:
+    values = [node.meta.get("val") for node in captured.graph.nodes]
+    return [getattr(value, "dtype", None) for value in values]
+
+
 def test_the_surroundings_of_the_call_change_nothing(model):
     expected = capture(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -276,6 +281,7 @@ def test_the_surroundings_of_the_call_change_nothing(model):
         under_inference_mode = capture(model)
     for captured in (under_autocast, with_grad, under_inference_mode):
         assert str(captured.graph) == str(expected.graph)
+        assert dtypes(captured) == dtypes(expected)
 
 
 # What is refused.
@@ -341,6 +347,22 @@ def refused_and_mask(patch):
 
     def create(*args, **kwargs):
         return original(*args, **kwargs, and_mask_function=lambda b, h, q, k: k % 2 == 0)
+
+    patch.setattr(modeling_llama, "create_causal_mask", create)
+    return tiny_model("llama")
+
+
+def refused_third_mask(patch):
+    """Causal, sliding and one more: the two that are known do not make up for the third."""
+    masks = transformers.masking_utils
+    three = masks.and_masks(
+        masks.sliding_window_overlay(8), masks.causal_mask_function, lambda b, h, q, k: k > 0
+    )
+
+    def create(*, inputs_embeds, attention_mask, **_):
+        mask = masks.ALL_MASK_ATTENTION_FUNCTIONS["fastgen"]
+        length = inputs_embeds.shape[1]
+        return mask(1, length, length, mask_function=three, attention_mask=attention_mask)
 
     patch.setattr(modeling_llama, "create_causal_mask", create)
     return tiny_model("llama")
@@ -494,6 +516,7 @@ REASONS = {
     refused_active_dropout: r"layer 0: dropout=0.1 is active",
     refused_or_mask: r"mask function or_masks.<locals>.or_mask",
     refused_and_mask: r"mask function and_masks.<locals>.and_mask",
+    refused_third_mask: r"mask function and_masks.<locals>.and_mask",
     refused_chunked_mask: r"mask function and_masks.<locals>.and_mask",
     refused_missing_mask: r"layer 0: no mask was made",
     refused_mask_of_its_own: r"mask of layer 0 is computed by the model \(.*logical_not",
@@ -510,9 +533,9 @@ REASONS = {
     refused_no_position_ids: r"BloomForCausalLM.forward takes no position_ids",
     refused_meta_device: r"21 parameters on the meta device",
     refused_partly_on_meta: r"3 parameters on the meta device",
-    refused_forward_hook: r"forward hooks on model.layers.0.mlp",
-    refused_forward_pre_hook: r"forward hooks on model.norm",
-    refused_instance_forward: r"forward hooks on model.norm",
+    refused_forward_hook: r"forward hooks or replaced forwards on model.layers.0.mlp",
+    refused_forward_pre_hook: r"forward hooks or replaced forwards on model.norm",
+    refused_instance_forward: r"forward hooks or replaced forwards on model.norm",
     refused_capture_attention: r"attn_implementation='fastgen'",
 }
 

@@ -817,8 +817,10 @@ def test_memory_that_stays_is_current(live, change):
 
 def test_detach_keeps_what_the_user_has_put_in_place(live):
     model, weights, before = live
-    model.get_parameter(QKV[0]).data = torch.full((64, 64), 5.0)
+    mine = torch.full((64, 64), 5.0)
+    model.get_parameter(QKV[0]).data = mine
     weights.detach()
+    assert model.get_parameter(QKV[0]).data_ptr() == mine.data_ptr()
     assert torch.equal(model.get_parameter(QKV[0]), torch.full((64, 64), 5.0))
     state = {name: tensor for name, tensor in model.state_dict().items() if name != QKV[0]}
     assert_bit_equal(state, {name: before[name] for name in state})

@@ -116,13 +116,13 @@ def test_changing_a_copy_leaves_the_original(captured):
     before = text_of(captured)
     values = {node.name: node.meta["val"] for node in captured.graph.nodes if node.op != "output"}
     copy = captured.copy()
+    copy.merges.append(MergePlan("a+b", ("a", "b")))
     linear = next(n for n in copy.graph.nodes if n.target is torch.ops.aten.linear.default)
     linear.replace_all_uses_with(linear.args[0])
     linear.meta["val"] = None
     copy.graph.eliminate_dead_code()
     copy.remove_unused_inputs()
     copy.add_input("more", InputSpec("batch", "more"), copy.placeholders()[-1].meta["val"])
-    copy.merges.append(MergePlan("a+b", ("a", "b")))
     assert text_of(captured) == before
     assert text_of(copy) != before
     for node in captured.graph.nodes:
