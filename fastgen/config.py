@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +28,7 @@ def check_float(
     """Raise `error` unless `value` is a finite int or float (not a bool), low <= value <= high."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise error(f"{name} must be a number, got {value!r} ({type(value).__name__})")
-    if not math.isfinite(value) or not low <= value <= high:
+    if not low <= value <= high:  # false for NaN too
         raise error(f"{name} must be a finite number between {low} and {high}, got {value}")
 
 
@@ -60,7 +59,8 @@ class Config:
         check_int("max_num_batched_tokens", self.max_num_batched_tokens, 1, 1 << 20)
         if self.max_model_len is not None:
             check_int("max_model_len", self.max_model_len, 1, INT32_MAX)
-        if self.block_size not in (16, 32, 64) or isinstance(self.block_size, bool):
+        check_int("block_size", self.block_size, 16, 64)
+        if self.block_size not in (16, 32, 64):
             raise ValueError(f"block_size must be 16, 32 or 64, got {self.block_size!r}")
         if self.kv_cache_memory_bytes is not None:
             check_int("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1, 1 << 50)

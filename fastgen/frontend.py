@@ -96,11 +96,13 @@ class Engine:
             raise InvalidRequestError(
                 f"params must be one or one per prompt ({len(prompts)}), got {len(params)}"
             )
-        requests = [
-            self._request(prompt, own, stream=False)
-            for prompt, own in zip(prompts, params, strict=True)
-        ]
-        core = self._core()
+        core, requests = self._core(), []
+        for index, (prompt, own) in enumerate(zip(prompts, params, strict=True)):
+            try:
+                requests.append(self._request(prompt, own, stream=False))
+                core.check(requests[-1])
+            except InvalidRequestError as error:
+                raise type(error)(f"prompt {index}: {error}") from error
         try:
             core.submit_all(requests)
             return [self.result(request) for request in requests]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ def encode_prompt(prompt: Prompt, tokenizer: Any) -> list[int]:
         return ids[1:] if bos is not None and ids[:2] == [bos, bos] else list(ids)
     if hasattr(prompt, "tolist"):
         prompt = prompt.tolist()  # pyright: ignore  # a tensor or an array
-    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
         raise InvalidRequestError(
             "a prompt must be a str, a list of token ids or a list of chat messages, got "
             f"{type(prompt).__name__}"
@@ -38,10 +39,17 @@ def encode_prompt(prompt: Prompt, tokenizer: Any) -> list[int]:
                 "pass a str or token ids"
             )
         return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-    for token_id in prompt:
-        if isinstance(token_id, bool) or not hasattr(token_id, "__index__"):
-            raise InvalidRequestError(f"each prompt token id must be an int, got {token_id!r}")
-    return [int(token_id) for token_id in prompt]  # pyright: ignore
+    return [_token_id(item) for item in prompt]
+
+
+def _token_id(item: Any) -> int:
+    """An int, or a numpy or torch integer, as an int."""
+    try:
+        if not isinstance(item, bool) and "bool" not in str(getattr(item, "dtype", "")):
+            return operator.index(item)
+    except TypeError:
+        pass
+    raise InvalidRequestError(f"each prompt token id must be an int, got {item!r}")
 
 
 def _need(tokenizer: Any, what: str) -> Any:

@@ -258,6 +258,63 @@ def test_a_mask_with_a_window_that_the_attention_is_not_told_of():
     assert_logits(Forward(model).run(token_ids), plain, token_ids)
 
 
+def test_softcap_scale_and_windows_of_gemma2():
+    config = transformers.Gemma2Config(
+        **SIZES,
+        head_dim=16,
+        query_pre_attn_scalar=40,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=5.0,
+        sliding_window=8,
+        attn_implementation="eager",
+    )
+    torch.manual_seed(0)
+    model = transformers.Gemma2ForCausalLM(config).eval()
+    plain = copy.deepcopy(model)
+    numbers = [node.args[4:8] for node in attentions(capture(model))]
+    assert numbers == [(40**-0.5, 8, 2.0, None), (40**-0.5, 0, 2.0, None)]
+    (token_ids,) = prompts(40)
+    assert_logits(Forward(model).run(token_ids), plain, token_ids)
+
+
+def test_sinks_and_routers_of_gpt_oss():
+    config = transformers.GptOssConfig(
+        **SIZES,
+        head_dim=16,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        sliding_window=8,
+        layer_types=["full_attention", "sliding_attention"],
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        attn_implementation="eager",
+    )
+    torch.manual_seed(0)
+    model = transformers.GptOssForCausalLM(config).eval()
+    plain = copy.deepcopy(model)
+    plain.set_experts_implementation("eager")  # grouped products know no fp64
+    captured = capture(model)
+    assert [node.args[5] for node in attentions(captured)] == [0, 8]
+    sinks = [captured.inputs[node.args[7].name].target for node in attentions(captured)]
+    assert sinks == [f"model.layers.{layer}.self_attn.sinks" for layer in (0, 1)]
+    (token_ids,) = prompts(40)
+    assert_logits(Forward(model).run(token_ids), plain, token_ids)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"output_router_logits": False},
+        {"output_router_logits": True},
+        {"cache_position": None},
+        {"position_bias": None},
+    ],
+    ids=str,
+)
+def test_kwargs_that_say_nothing_of_the_attention_are_let_through(kwargs, monkeypatch):
+    model = pass_to_attention(monkeypatch, **kwargs)
+    assert len(attentions(capture(model))) == 2
+
+
 def test_planted_window_in_the_wrong_layer_is_seen():
     plain = windowed_qwen2("full_attention", "sliding_attention")
     forward = Forward(windowed_qwen2("sliding_attention", "full_attention"))

@@ -306,11 +306,6 @@ def test_only_the_command_line_prints(name):
     assert not printed
 
 
-def test_tests_are_short_too():
-    for file in (ROOT / "tests").rglob("*.py"):
-        assert len(file.read_text(encoding="utf-8").splitlines()) <= 1000, file
-
-
 # What is public.
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -154,16 +155,23 @@ class EngineCore:
         self._mailbox.post(append)
 
     def read_caches(self, requests: list[Request]) -> list[list[tuple[torch.Tensor, ...]]]:
-        """Copies of running requests' computed keys and values, per request and layer."""
+        """Copies of the keys and values of requests that wait for their next token, per layer.
 
-        def read() -> list[list[tuple[torch.Tensor, ...]]]:
+        A request that was preempted meanwhile is computed again first.
+        """
+
+        def read() -> list[list[tuple[torch.Tensor, ...]]] | None:
+            if any(request.num_computed_tokens < request.num_tokens for request in requests):
+                return None
             assert self._runner is not None
             return [
                 self._runner.read_cache(request.block_ids, request.num_computed_tokens)
                 for request in requests
             ]
 
-        return self._mailbox.call(read)
+        while (caches := self._mailbox.call(read)) is None:
+            time.sleep(0.001)
+        return caches
 
     def metrics(self) -> EngineMetrics:
         """A snapshot of the counters."""
@@ -195,7 +203,8 @@ class EngineCore:
     def close(self) -> None:
         """End all requests and the thread; later calls raise EngineClosedError."""
         if self._closer.alive:
-            self._mailbox.call(self._abandon)
+            with contextlib.suppress(EngineClosedError):  # the thread is gone, and told everybody
+                self._mailbox.call(self._abandon)
             self._closer()
 
     # Called on the engine thread.
@@ -217,6 +226,27 @@ class EngineCore:
         return max(2, min(needed, allowed // per_block))
 
     def _admit(self, requests: list[Request]) -> None:
+        """Queue requests; what prevents it ends them."""
+        try:
+            self._make_pool()
+        except (MemoryError, RuntimeError) as error:
+            for request in requests:
+                self._finish(request, "error", error)
+            return
+        assert self._scheduler is not None
+        for request in requests:
+            if request.status is RequestStatus.FINISHED:
+                continue  # cancelled on the way here
+            if not self._scheduler.fits([request]):  # less memory was free than when it was checked
+                self._finish(request, "error", CapacityError("the KV cache pool is too small"))
+                continue
+            if not request.sampling.greedy and request.group is None:
+                generator = torch.Generator(device=self.device)
+                self._generators[request.request_id] = generator.manual_seed(request.seed)
+            self._counters["prompt_tokens"] += len(request.prompt_token_ids)
+            self._scheduler.add(request)
+
+    def _make_pool(self) -> None:
         if self._scheduler is None:
             num_blocks = self._pool_blocks()
             cache = KVCache(self.compiled.spec, num_blocks, self.config.block_size, self.device)
@@ -228,14 +258,6 @@ class EngineCore:
                 max_num_batched_tokens=self.config.max_num_batched_tokens,
                 stats=self._stats,
             )
-        for request in requests:
-            if request.status is RequestStatus.FINISHED:
-                continue  # cancelled on the way here
-            if not request.sampling.greedy and request.group is None:
-                generator = torch.Generator(device=self.device)
-                self._generators[request.request_id] = generator.manual_seed(request.seed)
-            self._counters["prompt_tokens"] += len(request.prompt_token_ids)
-            self._scheduler.add(request)
 
     def _release(self, purpose: str) -> None:
         if self._scheduler is not None and self._scheduler.has_requests:
@@ -254,7 +276,7 @@ class EngineCore:
     def _step(self) -> bool:
         """Run the messages and one step; False if there was nothing to compute."""
         start = time.perf_counter()
-        for message in self._mailbox.take():
+        while (message := self._mailbox.take()) is not None:
             message()
         self._tell_idle()
         if self._scheduler is None or self._runner is None:
@@ -319,7 +341,7 @@ class EngineCore:
     def _finish(self, request: Request, reason: str, error: BaseException | None = None) -> None:
         if request.status is RequestStatus.FINISHED:
             return
-        if self._scheduler is None:
+        if self._scheduler is None or request.status is RequestStatus.NEW:
             request.end(reason, error)  # it was never queued
         else:
             self._scheduler.finish(request, reason, error)
@@ -381,8 +403,9 @@ def _run_engine(reference: Callable[[], Any], mailbox: Mailbox) -> None:
         except BaseException as error:
             logger.exception("the engine stopped")
             mailbox.close(join=False)
-            for message in mailbox.take():  # whoever waits for an answer gets one
-                message()
+            while (message := mailbox.take()) is not None:  # who waits for an answer gets one
+                with contextlib.suppress(BaseException):
+                    message()
             engine._abandon(error)
             return
         del engine

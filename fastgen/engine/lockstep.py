@@ -24,6 +24,7 @@ class LockstepGroup:
         self.requests = requests
         self._rows: dict[int, torch.Tensor] = {}
         self._ready: queue.SimpleQueue = queue.SimpleQueue()
+        self._num_given = 0  # logits given to the caller so far
         for row, request in enumerate(requests):
             request.group, request.row = self, row
 
@@ -51,10 +52,13 @@ class LockstepGroup:
 
     def offer(self, request: Request, logits: torch.Tensor) -> None:
         """Called by the engine: one row's logits [vocab_size]."""
+        if len(request.output_token_ids) < self._num_given:
+            return  # it was preempted after it had offered these, and computed again
         self._rows[request.row] = logits
         if len(self._rows) == len(self.requests):
             rows = [self._rows[row] for row in range(len(self.requests))]
             self._rows.clear()
+            self._num_given += 1
             self._ready.put(torch.stack(rows))
 
     def fail(self, error: BaseException) -> None:

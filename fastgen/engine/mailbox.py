@@ -53,12 +53,10 @@ class Mailbox:
     def closed(self) -> bool:
         return self._closed
 
-    def take(self) -> list[Callable[[], Any]]:
-        """All messages posted so far, without waiting."""
+    def take(self) -> Callable[[], Any] | None:
+        """The next message, without waiting."""
         with self._condition:
-            messages = list(self._messages)
-            self._messages.clear()
-            return messages
+            return self._messages.popleft() if self._messages else None
 
     def wait(self, on_idle: Callable[[], None] = lambda: None) -> bool:
         """Wait for a message; False once closed and empty. on_idle runs if none comes soon."""

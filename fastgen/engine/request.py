@@ -59,6 +59,7 @@ class Request:
         seed: Of the request's own generator; set when it is submitted.
         events: Receives ("token", id) for each token if `stream` is set, and ("finish", reason).
         done: Set when the request has ended.
+        arrival_order: Place in the order of service; given by the scheduler.
     """
 
     prompt_token_ids: list[int]
@@ -73,6 +74,7 @@ class Request:
     seed: int = 0
 
     request_id: int = field(default_factory=lambda: next(_request_ids))
+    arrival_order: int = -1
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     block_ids: list[int] = field(default_factory=list)
@@ -121,10 +123,12 @@ class Request:
 
     def next_event(self) -> tuple[str, Any]:
         """Wait for the next of `events`; the end again if it was taken already."""
+        if not self.done.is_set():
+            return self.events.get()
         try:
-            return self.events.get_nowait()
+            return self.events.get_nowait()  # all there is was put before `done` was set
         except queue.Empty:
-            return ("finish", self.finish_reason) if self.done.is_set() else self.events.get()
+            return "finish", self.finish_reason
 
     def end(self, reason: str, error: BaseException | None = None) -> None:
         """Note that the request is over; its owner has taken its blocks back."""

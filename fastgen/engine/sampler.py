@@ -37,17 +37,25 @@ def sample(
 
 
 def filtered_probabilities(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """Softmax after temperature, top-k and top-p, in that order: [num_rows, vocab_size] fp32."""
+    """Softmax after temperature, top-k and top-p, in that order: [num_rows, vocab_size] fp32.
 
-    def column(values: list[float], dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, device=logits.device).unsqueeze(1)
+    A row's result does not depend on the rows beside it.
+    """
+    temperature = _column([param.temperature for param in params], logits.device)
+    temperature = temperature.clamp(min=torch.finfo(torch.float32).tiny)
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # <= 0, so never +inf
+    probabilities = torch.softmax(logits, dim=-1)
+    filtered = [row for row, param in enumerate(params) if param.top_k or param.top_p < 1]
+    if filtered:
+        chosen = [params[row] for row in filtered]
+        probabilities[filtered] = _top_k_top_p(logits[filtered], chosen)
+    return probabilities
 
+
+def _top_k_top_p(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
     vocab_size = logits.shape[1]
-    logits = logits / column([param.temperature for param in params], torch.float32)
-    if all(not param.top_k and param.top_p == 1 for param in params):
-        return torch.softmax(logits, dim=-1)
-    top_k = column([param.top_k or vocab_size for param in params], torch.long)
-    top_p = column([param.top_p for param in params], torch.float32)
+    top_k = _column([min(param.top_k or vocab_size, vocab_size) for param in params], logits.device)
+    top_p = _column([param.top_p for param in params], logits.device)
     ordered, order = logits.sort(dim=-1, descending=True)
     rank = torch.arange(vocab_size, device=logits.device).unsqueeze(0)
     ordered = ordered.masked_fill(rank >= top_k, float("-inf"))
@@ -57,3 +65,7 @@ def filtered_probabilities(logits: torch.Tensor, params: Sequence[SamplingParams
     dropped = (before >= top_p) & (top_p < 1) & (rank > 0)
     probabilities = torch.softmax(ordered.masked_fill(dropped, float("-inf")), dim=-1)
     return torch.empty_like(probabilities).scatter_(1, order, probabilities)
+
+
+def _column(values: list[float], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=device).float().unsqueeze(1)

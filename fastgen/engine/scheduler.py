@@ -81,6 +81,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.stats = stats or SchedulerStats()
         self._freed_blocks: list[int] = []
+        self._num_arrived = 0
 
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -98,7 +99,9 @@ class Scheduler:
         """Queue a request; it must fit the pool on its own."""
         assert self.fits([request]), "a request larger than the pool was let in"
         request.status = RequestStatus.WAITING
-        _insert_by_age(self.waiting, request)
+        request.arrival_order = self._num_arrived
+        self._num_arrived += 1
+        self.waiting.append(request)
 
     def schedule(self) -> SchedulerOutput:
         """Spend one step's budget; the caller must run it and call `advance`."""
@@ -212,7 +215,8 @@ class Scheduler:
         request.query_done = False
         request.num_preemptions += 1
         self.stats.preemptions += 1
-        _insert_by_age(self.waiting, request)
+        index = bisect.bisect_left(self.waiting, _age(request), key=_age)
+        self.waiting.insert(index, request)
 
     def _free(self, request: Request) -> None:
         self.pool.free(request.block_ids)
@@ -230,13 +234,4 @@ class Scheduler:
 
 
 def _age(request: Request) -> int:
-    return request.request_id
-
-
-def _insert_by_age(waiting: deque[Request], request: Request) -> None:
-    """Keep the queue in order of arrival: new ones go to the end, preempted ones near the front."""
-    if not waiting or waiting[-1].request_id < request.request_id:
-        waiting.append(request)
-        return
-    index = bisect.bisect_left(waiting, request.request_id, key=_age)
-    waiting.insert(index, request)
+    return request.arrival_order
