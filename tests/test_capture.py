@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from fastgen.passes import BATCH_INPUTS, run_passes
-from tiny_models import FAMILIES, prompts, tiny_model
+from tiny_models import FAMILIES, has_clear_margin, prompts, tiny_model
 from torch import nn
 from transformers.models.llama import modeling_llama
 
@@ -258,6 +258,27 @@ def test_a_mask_with_a_window_that_the_attention_is_not_told_of():
     assert_logits(Forward(model).run(token_ids), plain, token_ids)
 
 
+@pytest.mark.parametrize(
+    ("row", "hidden"),
+    [(0, (0, 12)), (0, (14, 24)), (1, (21, 24)), (1, (8, 12))],
+    ids=["left", "right", "right-a-little", "hole"],
+)
+def test_windows_count_masked_slots_as_transformers_does(row, hidden):
+    """A window reaches over slots, masked ones too; in the cache there are only visible ones."""
+    model = windowed_qwen2("sliding_attention", "full_attention")
+    plain = copy.deepcopy(model)
+    ids = torch.tensor(prompts(24, 24))
+    mask = torch.ones_like(ids)
+    mask[row, slice(*hidden)] = 0
+    arguments = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    expected = plain.generate(
+        ids, attention_mask=mask, **arguments, output_logits=True, return_dict_in_generate=True
+    )
+    assert has_clear_margin(expected.logits)
+    fastgen.optimize(model)
+    assert torch.equal(model.generate(ids, attention_mask=mask, **arguments), expected.sequences)
+
+
 def test_softcap_scale_and_windows_of_gemma2():
     config = transformers.Gemma2Config(
         **SIZES,
@@ -489,6 +510,28 @@ def refused_data_dependent_forward(patch):
     return tiny_model("llama")
 
 
+def refused_dynamic_rope(patch):
+    """Frequencies that depend on the largest position of a call: packed sequences share a call."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, rope_parameters=rope))
+
+
+def refused_longrope(patch):
+    """The same without a branch: torch.where over the largest position, copied into a buffer."""
+    rope = {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0] * 8,
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": 64,
+        "factor": 8.0,
+    }
+    config = transformers.Phi3Config(
+        **SIZES, pad_token_id=0, original_max_position_embeddings=64, rope_parameters=rope
+    )
+    return transformers.Phi3ForCausalLM(config)
+
+
 def refused_encoder_decoder(patch):
     config = transformers.T5Config(
         vocab_size=128, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2
@@ -582,6 +625,8 @@ REASONS = {
     refused_layer_called_twice: r"2 layers, and 4 attentions.*more than one: \[0, 1\]",
     refused_layer_without_attention: r"3 layers, and 2 attentions.*without: \[2\]",
     refused_data_dependent_forward: r"LlamaForCausalLM cannot be traced into one graph",
+    refused_dynamic_rope: r"LlamaForCausalLM cannot be traced into one graph",
+    refused_longrope: r"model.rotary_emb.inv_freq",
     refused_encoder_decoder: r"T5ForConditionalGeneration is an encoder-decoder",
     refused_encoder: r"BertForMaskedLM has no language modelling head",
     refused_encoder_with_lm_head: r"mask function bidirectional_mask_function",
