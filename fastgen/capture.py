@@ -226,6 +226,7 @@ def capture(model: Any) -> CapturedGraph:
         _register()
         program = _export(model)
     captured = _lift(model, program)
+    _check_mutations(captured)
     _resolve_masks(captured)
     _check_layers(model, captured)
     return captured
@@ -307,6 +308,21 @@ def _lift(model: nn.Module, program: torch.export.ExportedProgram) -> CapturedGr
         constants={name.removeprefix("model."): value for name, value in program.constants.items()},
         parameter_refusals=_parameter_refusals(model),
     )
+
+
+def _check_mutations(captured: CapturedGraph) -> None:
+    """Refuse a forward that writes into its own parameters or buffers.
+
+    What it writes depends on all tokens of the call (longrope RoPE picks its frequencies by the
+    largest position), and here those belong to different sequences.
+    """
+    for node in captured.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        for argument, value in zip(schema.arguments if schema else (), node.args, strict=False):
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written and isinstance(value, fx.Node) and value.name in captured.inputs:
+                name = captured.inputs[value.name].target
+                raise UnsupportedModelError(f"the forward changes {name} as it runs")
 
 
 def _resolve_masks(captured: CapturedGraph) -> None:
