@@ -20,7 +20,14 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from .frontend import Engine
-    from .outputs import EngineMetrics, RequestMetrics, RequestOutput, TokenEvent
+    from .outputs import (
+        Completion,
+        EngineMetrics,
+        Logprob,
+        RequestMetrics,
+        RequestOutput,
+        TokenEvent,
+    )
 
 # Where each public name lives; imported at first use, so that `import fastgen` costs nothing.
 _HOMES = {
@@ -36,7 +43,14 @@ _HOMES = {
         "UnsupportedModelError",
     ),
     "frontend": ("Engine",),
-    "outputs": ("EngineMetrics", "RequestMetrics", "RequestOutput", "TokenEvent"),
+    "outputs": (
+        "Completion",
+        "EngineMetrics",
+        "Logprob",
+        "RequestMetrics",
+        "RequestOutput",
+        "TokenEvent",
+    ),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -49,6 +63,8 @@ __all__ = [  # noqa: RUF022 - in the order of a reader's interest
     "Config",
     "SamplingParams",
     "RequestOutput",
+    "Completion",
+    "Logprob",
     "TokenEvent",
     "RequestMetrics",
     "EngineMetrics",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from .passes import CapturedGraph, InputSpec, Report, run_passes
 from .passes.insert_paged_cache import CacheSpec, cache_spec
 from .passes.pipeline import RequiredPassError
 
+_graph_ids = itertools.count()
 _WEIGHT_KINDS = ("parameter", "buffer", "merged")
 
 
@@ -26,10 +28,12 @@ class CacheTensors(Protocol):
 class CompiledForward:
     """The rewritten graph, run directly: the graph's own Python calling the chosen kernels.
 
-    Call `bind` with the weights before the first call and whenever they moved.
+    Call `bind` with the weights before the first call and whenever they moved. graph_id is no other
+    graph's in this process.
     """
 
     def __init__(self, graph: CapturedGraph, report: Report) -> None:
+        self.graph_id = next(_graph_ids)
         self.spec: CacheSpec = cache_spec(graph)
         self.report = report
         self.inputs = dict(graph.inputs)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeGuard
 
 from .errors import InvalidRequestError
 
 INT32_MAX = 2**31 - 1
 SEED_MAX = 2**63 - 1
+MAX_OUTPUTS = 16384  # of one prompt: a caller's mistake must not fill the memory
+MAX_LOGPROBS = 1000  # per token, for the same reason
 
 
 def check_int(
@@ -43,6 +46,8 @@ class Config:
         block_size: Tokens per block of the paged KV cache: 16, 32 or 64.
         kv_cache_memory_bytes: Size of the KV cache pool; None: as much as the calls can need, at
             most half of the memory that is free when the pool is created.
+        prefix_cache: Keep the blocks of finished requests, and share blocks between requests that
+            begin alike.
         passes_off: Names of optional passes that are left out.
     Raises: ValueError for a value out of range, TypeError for an unknown field.
     """
@@ -52,6 +57,7 @@ class Config:
     max_model_len: int | None = None
     block_size: int = 16
     kv_cache_memory_bytes: int | None = None
+    prefix_cache: bool = True
     passes_off: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -64,6 +70,8 @@ class Config:
             raise ValueError(f"block_size must be 16, 32 or 64, got {self.block_size!r}")
         if self.kv_cache_memory_bytes is not None:
             check_int("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1, 1 << 50)
+        if not isinstance(self.prefix_cache, bool):
+            raise ValueError(f"prefix_cache must be a bool, got {self.prefix_cache!r}")
         if isinstance(self.passes_off, str):
             raise ValueError(f"passes_off must be a sequence of names, got {self.passes_off!r}")
         object.__setattr__(self, "passes_off", tuple(self.passes_off))
@@ -81,45 +89,132 @@ class Config:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request is sampled. Names, defaults and order (temperature, top-k, top-p) are vLLM's.
+    """How one request is sampled. Names, defaults and order of work are vLLM's.
+
+    Logits are changed in this order: allowed_token_ids, bad_words, min_tokens, logit_bias,
+    penalties, temperature, min_p, top_k, top_p. With temperature 0 the best token is taken after
+    the penalties.
 
     Attributes:
+        n: Outputs per prompt, which share the prompt's blocks of the cache.
         max_tokens: Most tokens that are generated.
+        min_tokens: No end token, stop token or stop string counts before so many tokens.
         temperature: 0 is greedy; otherwise logits are divided by it.
-        top_k: Keep the k most likely tokens; 0 keeps all.
+        top_k: Keep the k most likely tokens; 0 or -1 keeps all.
         top_p: Keep the smallest set of tokens whose probability reaches top_p; 1 keeps all.
-        seed: Seed of the request's own generator; None draws one from torch's default generator.
+        min_p: Keep tokens at least this fraction as likely as the most likely one; 0 keeps all.
+        repetition_penalty: > 1 makes tokens of the prompt and the output less likely (positive
+            logits are divided by it, negative ones multiplied).
+        presence_penalty: Subtracted once from the logit of a token that was generated.
+        frequency_penalty: Subtracted for each time that a token was generated.
+        logit_bias: Token id -> number added to its logit.
+        allowed_token_ids: Only these can be generated; None: all.
+        bad_words: Strings (which need a tokenizer) or sequences of token ids that are never
+            generated. A string is banned with and without a space before it.
+        seed: Seed of the request's own generator (output i of n takes seed + i); None draws one
+            from torch's default generator.
+        stop: Strings that end the request; the text ends before the first of them.
         stop_token_ids: Tokens that end the request besides the model's end tokens.
         ignore_eos: Go on past the model's end tokens.
+        include_stop_str_in_output: The text ends after the stop string instead.
+        skip_special_tokens: Leave special tokens out of the text.
+        logprobs: Return the log-probability of each generated token and of so many most likely
+            ones; None: of none.
+        prompt_logprobs: The same for the tokens of the prompt.
     Raises: InvalidRequestError for a value out of range or of the wrong type.
     """
 
+    n: int = 1
     max_tokens: int = 16
+    min_tokens: int = 0
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str | tuple[int, ...], ...] = ()
     seed: int | None = None
+    stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         error = InvalidRequestError
+        check_int("n", self.n, 1, MAX_OUTPUTS, error)
         check_int("max_tokens", self.max_tokens, 1, INT32_MAX, error)
+        check_int("min_tokens", self.min_tokens, 0, self.max_tokens, error)
         check_float("temperature", self.temperature, 0.0, 1e6, error)
-        check_int("top_k", self.top_k, 0, INT32_MAX, error)
+        check_int("top_k", self.top_k, -1, INT32_MAX, error)
         check_float("top_p", self.top_p, 0.0, 1.0, error)
         if self.top_p == 0.0:
             raise error("top_p must be > 0, got 0; for greedy decoding use temperature=0")
+        check_float("min_p", self.min_p, 0.0, 1.0, error)
+        check_float("repetition_penalty", self.repetition_penalty, 0.0, 1e6, error)
+        if self.repetition_penalty == 0.0:
+            raise error("repetition_penalty must be > 0, got 0; 1 switches it off")
+        check_float("presence_penalty", self.presence_penalty, -2.0, 2.0, error)
+        check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0, error)
+        for name in ("logprobs", "prompt_logprobs"):
+            if (count := getattr(self, name)) is not None:
+                check_int(name, count, 0, MAX_LOGPROBS, error)
         if self.seed is not None:
             check_int("seed", self.seed, 0, SEED_MAX, error)
-        if not isinstance(self.stop_token_ids, list | tuple | set | frozenset):
-            raise error(f"stop_token_ids must be a list of ints, got {self.stop_token_ids!r}")
-        for token_id in self.stop_token_ids:
-            check_int("each of stop_token_ids", token_id, 0, INT32_MAX, error)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        if not isinstance(self.ignore_eos, bool):
-            raise error(f"ignore_eos must be a bool, got {self.ignore_eos!r}")
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise error(f"{name} must be a bool, got {getattr(self, name)!r}")
+        if not isinstance(self.logit_bias, Mapping):
+            raise error(f"logit_bias must be a dict of token ids, got {self.logit_bias!r}")
+        for token_id, bias in self.logit_bias.items():
+            check_int("each key of logit_bias", token_id, 0, INT32_MAX, error)
+            check_float("each value of logit_bias", bias, -100.0, 100.0, error)
+        # Frozen, and not the caller's own objects.
+        set_field = object.__setattr__
+        set_field(self, "logit_bias", dict(self.logit_bias))
+        set_field(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
+        if self.allowed_token_ids is not None:
+            allowed = _token_ids("allowed_token_ids", self.allowed_token_ids)
+            if not allowed:
+                raise error("allowed_token_ids must name at least one token, got none")
+            set_field(self, "allowed_token_ids", allowed)
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not _is_list(stop) or not all(isinstance(item, str) and item for item in stop):
+            raise error(f"stop must be a str or a list of str, none empty, got {self.stop!r}")
+        set_field(self, "stop", tuple(stop))
+        set_field(self, "bad_words", _bad_words(self.bad_words))
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+
+def _is_list(value: object) -> TypeGuard[Collection[Any]]:
+    return isinstance(value, list | tuple | set | frozenset)
+
+
+def _token_ids(name: str, value: object) -> tuple[int, ...]:
+    if not _is_list(value):
+        raise InvalidRequestError(f"{name} must be a list of ints, got {value!r}")
+    for token_id in value:
+        check_int(f"each of {name}", token_id, 0, INT32_MAX, InvalidRequestError)
+    return tuple(value)
+
+
+def _bad_words(value: object) -> tuple[str | tuple[int, ...], ...]:
+    if not _is_list(value):
+        raise InvalidRequestError(f"bad_words must be a list of words, got {value!r}")
+    words = []
+    for word in value:
+        if not isinstance(word, str):
+            word = _token_ids("bad_words", word)
+        if not word:
+            raise InvalidRequestError("a bad word must not be empty")
+        words.append(word)
+    return tuple(words)

@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from . import api
 from .config import Config, SamplingParams
 from .engine.engine import EngineCore, failure
-from .engine.request import Request
+from .engine.request import Request, iterate_events
 from .errors import EngineClosedError, InvalidRequestError
 from .generate import TransformersLoop
-from .outputs import EngineMetrics, RequestOutput, TokenEvent
-from .text import Detokenizer, Prompt, encode_prompt
+from .outputs import Completion, EngineMetrics, RequestOutput, TokenEvent
+from .text import Prompt, TextStream, bad_word_ids, encode_prompt
+
+# Fields of a generation config that change tokens and that SamplingParams has no name for, with
+# the values that switch each off.
+_NOT_IN_SAMPLING_PARAMS: dict[str, tuple] = {
+    "num_beams": (1,),
+    "typical_p": (1.0,),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+    "top_h": (),
+    "no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1.0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "bad_words_ids": (),
+    "sequence_bias": (),
+    "suppress_tokens": (),
+    "begin_suppress_tokens": (),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "exponential_decay_length_penalty": (),
+    "guidance_scale": (1.0,),
+    "penalty_alpha": (0.0,),
+    "dola_layers": (),
+    "watermarking_config": (),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "stop_strings": (),
+}
 
 
 class Engine:
@@ -37,7 +65,12 @@ class Engine:
         self._closed = False
 
     def submit(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, stream: bool = True
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        stream: bool = True,
+        cache_salt: str | None = None,
     ) -> Request:
         """Queue a prompt and return at once.
 
@@ -45,44 +78,53 @@ class Engine:
             prompt: str, list of token ids, or list of chat messages.
             params: None takes the model's generation config (sampling, length).
             stream: Whether `stream` will be used; `result` works in both cases.
+            cache_salt: Only requests of one salt share cached prefixes, so that none can tell from
+                the time it takes what another's prompt was.
         Raises: InvalidRequestError, CapacityError, EngineClosedError.
         """
-        request = self._request(prompt, params, stream)
-        self._core().submit(request)
-        return request
+        core = self._core()
+        requests = self._requests(prompt, params, stream, cache_salt)
+        core.submit_all(requests)
+        return requests[0]
 
     def stream(self, request: Request) -> Iterator[TokenEvent]:
         """The request's tokens as they come; leaving the loop early cancels the request.
 
+        With n > 1 the outputs' events are mixed; `TokenEvent.index` tells them apart.
+
         Raises: RequestFailedError if the request ended by an error.
         """
-        detokenizer = Detokenizer(self.tokenizer) if self.tokenizer is not None else None
+        outputs = [_OutputStream(each, self.tokenizer) for each in request.outputs]
         try:
-            while (event := request.next_event())[0] == "token":
-                text = detokenizer.push([event[1]]) if detokenizer else ""
-                yield TokenEvent([event[1]], text)
-            if request.error is not None:
-                raise failure(request)
-            text = detokenizer.push([], last=True) if detokenizer else ""
-            yield TokenEvent([], text, request.finish_reason, request.metrics())
+            for kind, token_id, index in iterate_events(request.outputs):
+                output = outputs[index]
+                if kind == "token":
+                    yield output.token(token_id)
+                elif output.request.error is not None:
+                    raise failure(output.request)
+                else:
+                    yield output.finish()
         finally:
             self.cancel(request)
 
     def result(self, request: Request) -> RequestOutput:
         """Wait for the end of a request; an error is in the output, not raised."""
-        request.done.wait()
+        for each in request.outputs:
+            each.done.wait()
         return self._output(request)
 
     def cancel(self, request: Request) -> None:
         """End a request in any state; its blocks are free when this returns."""
         optimized = api.lookup(self.model)
-        if optimized is not None and request.finish_reason is None:
-            optimized.engine().cancel_all([request])
+        if optimized is not None and any(r.finish_reason is None for r in request.outputs):
+            optimized.engine().cancel_all(request.outputs)
 
     def generate(
         self,
         prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams | None] | None = None,
+        *,
+        cache_salt: str | None = None,
     ) -> list[RequestOutput]:
         """Run prompts together and wait; outputs in the order of the prompts.
 
@@ -96,16 +138,18 @@ class Engine:
             raise InvalidRequestError(
                 f"params must be one or one per prompt ({len(prompts)}), got {len(params)}"
             )
-        core, requests = self._core(), []
+        core = self._core()
+        requests: list[Request] = []
         for index, (prompt, own) in enumerate(zip(prompts, params, strict=True)):
             try:
-                requests.append(self._request(prompt, own, stream=False))
-                core.check(requests[-1])
+                siblings = self._requests(prompt, own, False, cache_salt)
+                core.check(siblings[0])
             except InvalidRequestError as error:
                 raise type(error)(f"prompt {index}: {error}") from error
+            requests.extend(siblings)
         try:
             core.submit_all(requests)
-            return [self.result(request) for request in requests]
+            return [self.result(request) for request in requests if request.index == 0]
         finally:
             core.cancel_all(requests)
 
@@ -134,16 +178,43 @@ class Engine:
         except TransformersLoop as reason:
             raise EngineClosedError(f"the engine cannot run this model: {reason}") from None
 
-    def _request(self, prompt: Prompt, params: SamplingParams | None, stream: bool) -> Request:
+    def _requests(
+        self, prompt: Prompt, params: SamplingParams | None, stream: bool, cache_salt: str | None
+    ) -> list[Request]:
+        """One request per output of a prompt."""
         if params is None:
             params = self.default_params()
         if not isinstance(params, SamplingParams):
             raise InvalidRequestError(f"params must be SamplingParams, got {params!r}")
+        if cache_salt is not None and not isinstance(cache_salt, str):
+            raise InvalidRequestError(f"cache_salt must be a str, got {cache_salt!r}")
+        if params.stop and self.tokenizer is None:
+            raise InvalidRequestError("stop strings need a tokenizer: Engine(model, tokenizer)")
         stops = set(params.stop_token_ids)
         if not params.ignore_eos:
             stops |= self._eos_token_ids()
         ids = encode_prompt(prompt, self.tokenizer)
-        return Request(ids, params, frozenset(stops), stream=stream)
+        bad_words = bad_word_ids(params.bad_words, self.tokenizer)
+        events = queue.SimpleQueue()
+        requests = [
+            Request(
+                ids,
+                params,
+                frozenset(stops),
+                stream=stream,
+                stop_text=TextStream(self.tokenizer, params) if params.stop else None,
+                bad_words=bad_words,
+                index=index,
+                cache_salt=cache_salt,
+                prompt_logprobs=[] if params.prompt_logprobs is not None and index == 0 else None,
+                events=events,
+            )
+            for index in range(params.n)
+        ]
+        if params.n > 1:
+            for request in requests:
+                request.siblings = tuple(requests)
+        return requests
 
     def _eos_token_ids(self) -> set[int]:
         eos = self.model.generation_config.eos_token_id
@@ -154,28 +225,81 @@ class Engine:
     def default_params(self) -> SamplingParams:
         """Sampling as the model's generation config says: greedy unless do_sample is set."""
         config = self.model.generation_config
+        for name, off in _NOT_IN_SAMPLING_PARAMS.items():
+            if getattr(config, name, None) not in (None, *off):
+                raise InvalidRequestError(
+                    f"generation_config sets {name}={getattr(config, name)!r}, which Engine does "
+                    "not do (model.generate() does); pass params"
+                )
         max_tokens = config.max_new_tokens or SamplingParams.max_tokens
+        penalty = _or(config.repetition_penalty, 1.0)
         if not config.do_sample:
-            return SamplingParams(max_tokens=max_tokens, temperature=0.0)
+            return SamplingParams(
+                max_tokens=max_tokens, temperature=0.0, repetition_penalty=penalty
+            )
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=_or(config.temperature, 1.0),
             top_k=_or(config.top_k, 50),  # transformers' default when sampling
             top_p=_or(config.top_p, 1.0),
+            min_p=_or(config.min_p, 0.0),
+            repetition_penalty=penalty,
         )
 
     def _output(self, request: Request) -> RequestOutput:
-        assert request.finish_reason is not None
-        text = ""
-        if self.tokenizer is not None:
-            text = self.tokenizer.decode(request.output_token_ids, skip_special_tokens=True)
         return RequestOutput(
             prompt_ids=request.prompt_token_ids,
+            outputs=[self._completion(each) for each in request.outputs],
+            prompt_logprobs=request.prompt_logprobs,
+        )
+
+    def _completion(self, request: Request) -> Completion:
+        assert request.finish_reason is not None
+        params, text = request.sampling, ""
+        if params.stop:
+            stream = TextStream(self.tokenizer, params)
+            text = "".join(stream.take([token_id]) for token_id in request.output_token_ids)
+            text += stream.take([], last=True)
+        elif self.tokenizer is not None:
+            text = self.tokenizer.decode(
+                request.output_token_ids, skip_special_tokens=params.skip_special_tokens
+            )
+        return Completion(
+            index=request.index,
             token_ids=list(request.output_token_ids),
             text=text,
             finish_reason=request.finish_reason,
             metrics=request.metrics(),
+            stop_reason=request.stop_reason,
+            logprobs=list(request.logprobs) if params.logprobs is not None else None,
             error=None if request.error is None else str(failure(request)),
+        )
+
+
+class _OutputStream:
+    """One output's events: its text and the place in its logprobs."""
+
+    def __init__(self, request: Request, tokenizer: Any) -> None:
+        self.request = request
+        self._text = TextStream(tokenizer, request.sampling) if tokenizer is not None else None
+        self._num_tokens = 0
+
+    def token(self, token_id: int) -> TokenEvent:
+        logprobs = None
+        if self.request.sampling.logprobs is not None:
+            logprobs = [self.request.logprobs[self._num_tokens]]
+        self._num_tokens += 1
+        text = self._text.take([token_id]) if self._text else ""
+        return TokenEvent([token_id], text, index=self.request.index, logprobs=logprobs)
+
+    def finish(self) -> TokenEvent:
+        return TokenEvent(
+            [],
+            self._text.take([], last=True) if self._text else "",
+            self.request.finish_reason,
+            self.request.metrics(),
+            self.request.index,
+            stop_reason=self.request.stop_reason,
         )
 
 

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from .config import INT32_MAX, SamplingParams
 from .engine.engine import EngineCore, failure
 from .engine.lockstep import LockstepGroup
-from .engine.request import Request
+from .engine.request import Request, iterate_events
 from .errors import CapacityError, UnsupportedModelError
 
 _PATCH_MARK = "_fastgen_original"
@@ -319,8 +319,9 @@ class _Call:
         try:
             self.engine.submit_all(self.requests)
             for request in self.requests:
-                while (event := request.next_event())[0] == "token":
-                    self.streamer.put(torch.tensor([event[1]]))
+                for kind, token_id, _ in iterate_events([request]):
+                    if kind == "token":
+                        self.streamer.put(torch.tensor([token_id]))
                 if request.finish_reason in ("error", "cancelled"):
                     raise failure(request)
         finally:

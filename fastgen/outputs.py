@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 class RequestMetrics:
     """Times of one finished request; a time is None if the request never got that far.
 
-    queue_time_ms: from submit to the first step it ran in. ttft_ms: from submit to the first
+    num_cached_tokens: prompt tokens found in the prefix cache. queue_time_ms: from submit to the
+    first step it ran in. ttft_ms: from submit to the first
     token. tpot_ms: mean time per token after the first. e2e_ms: from submit to the end.
     """
 
     num_prompt_tokens: int
     num_output_tokens: int
+    num_cached_tokens: int
     queue_time_ms: float | None
     ttft_ms: float | None
     tpot_ms: float | None
@@ -24,29 +26,93 @@ class RequestMetrics:
 
 
 @dataclass(frozen=True)
+class Logprob:
+    """A token's log-probability under the model itself, before any sampling parameter.
+
+    rank: 1 for the most likely token.
+    """
+
+    logprob: float
+    rank: int
+
+
+@dataclass(frozen=True)
 class TokenEvent:
-    """New tokens of one request. The last event of a stream has a finish_reason."""
+    """New tokens or text of one output of a request; its last event has a finish_reason.
+
+    index: which of the request's n outputs. logprobs: one dict per token if they were asked for,
+    the token itself first. text: what is certain by now; bytes of an unfinished character and the
+    possible beginning of a stop string are held back. stop_reason: as in `Completion`.
+    """
 
     token_ids: list[int]
     text: str
     finish_reason: str | None = None
     metrics: RequestMetrics | None = None
+    index: int = 0
+    logprobs: list[dict[int, Logprob]] | None = None
+    stop_reason: int | str | None = None
 
 
 @dataclass(frozen=True)
-class RequestOutput:
-    """A finished request; text is "" when the engine has no tokenizer.
+class Completion:
+    """One of a request's n outputs; text is "" when the engine has no tokenizer.
 
-    finish_reason: "stop" (an end or stop token, which is the last of token_ids), "length",
-    "cancelled" or "error".
+    finish_reason: "stop" (an end or stop token, which is the last of token_ids, or a stop string),
+    "length", "cancelled" or "error". stop_reason: the stop token or string that was asked for and
+    met; None for the model's own end token. logprobs: one dict per token (the token itself and the
+    most likely ones) if they were asked for. error: what went wrong.
     """
 
-    prompt_ids: list[int]
+    index: int
     token_ids: list[int]
     text: str
     finish_reason: str
     metrics: RequestMetrics
+    stop_reason: int | str | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
     error: str | None = None
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A finished request: its prompt and its n outputs.
+
+    What belongs to an output can be read from the request itself when n is 1, or for the first.
+    prompt_logprobs: one entry per prompt token if they were asked for, None for the first.
+    """
+
+    prompt_ids: list[int]
+    outputs: list[Completion]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.outputs[0].token_ids
+
+    @property
+    def text(self) -> str:
+        return self.outputs[0].text
+
+    @property
+    def finish_reason(self) -> str:
+        return self.outputs[0].finish_reason
+
+    @property
+    def stop_reason(self) -> int | str | None:
+        return self.outputs[0].stop_reason
+
+    @property
+    def logprobs(self) -> list[dict[int, Logprob]] | None:
+        return self.outputs[0].logprobs
+
+    @property
+    def metrics(self) -> RequestMetrics:
+        return self.outputs[0].metrics
+
+    @property
+    def error(self) -> str | None:
+        return self.outputs[0].error
 
 
 @dataclass(frozen=True)
@@ -54,7 +120,9 @@ class EngineMetrics:
     """A snapshot of an engine's counters since it was created.
 
     cache_waste: unused slots / allocated slots, averaged over steps. cache_usage: allocated
-    blocks / all blocks, now.
+    blocks / all blocks, now. prefix_tokens: tokens of the requests that were let in;
+    prefix_cache_hit_tokens: those of them that the prefix cache held. num_cached_blocks: blocks
+    whose content can be found, now.
     """
 
     engine_steps: int = 0
@@ -63,11 +131,19 @@ class EngineMetrics:
     output_tokens: int = 0
     finished: dict[str, int] = field(default_factory=dict)
     preemptions: int = 0
+    prefix_tokens: int = 0
+    prefix_cache_hit_tokens: int = 0
     num_running: int = 0
     num_waiting: int = 0
     num_blocks: int = 0
     num_free_blocks: int = 0
+    num_cached_blocks: int = 0
     cache_usage: float = 0.0
     cache_waste: float = 0.0
     forward_seconds: float = 0.0
     host_seconds: float = 0.0
+
+    @property
+    def prefix_cache_hit_rate(self) -> float:
+        """Tokens found in the prefix cache / tokens of the requests that were let in."""
+        return self.prefix_cache_hit_tokens / self.prefix_tokens if self.prefix_tokens else 0.0

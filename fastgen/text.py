@@ -6,6 +6,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+from .config import SamplingParams
 from .errors import InvalidRequestError
 
 # A prompt: text, token ids, or chat messages (dicts with role and content).
@@ -66,8 +67,8 @@ class Detokenizer:
     whose text is subtracted, because a token's text may depend on the token before it.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, skip_special_tokens: bool = True) -> None:
+        self._tokenizer, self._skip_special_tokens = tokenizer, skip_special_tokens
         self._ids: list[int] = []
         self._start = 0  # of the piece before
         self._done = 0  # ids whose text was given out
@@ -83,4 +84,72 @@ class Detokenizer:
         return now[len(before) :]
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens)
+
+
+class TextStream:
+    """The text of one output as its tokens come, cut at the first stop string.
+
+    The engine asks it whether a stop string is met; whoever streams asks another one, over the
+    same tokens, for the text, of which the possible beginning of a stop string is held back.
+
+    Attributes:
+        matched: The stop string that was met.
+    """
+
+    def __init__(self, tokenizer: Any, params: SamplingParams) -> None:
+        self._detokenizer = Detokenizer(tokenizer, params.skip_special_tokens)
+        self._stop, self._include = params.stop, params.include_stop_str_in_output
+        self._min_tokens, self._num_tokens = params.min_tokens, 0
+        self._held = ""
+        self.matched: str | None = None
+
+    def push(self, token_id: int) -> bool:
+        """Take a token; whether a stop string was met, now or before."""
+        self.take([token_id])
+        return self.matched is not None
+
+    def take(self, token_ids: Sequence[int], last: bool = False) -> str:
+        """The text that these ids make certain; with `last`, all that was held back too."""
+        if self.matched is not None:
+            return ""
+        self._num_tokens += len(token_ids)
+        piece = self._detokenizer.push(token_ids, last)
+        text, self._held = self._held + piece, ""
+        if 0 < self._num_tokens <= self._min_tokens:
+            return text  # a stop string does not count yet
+        found = [(at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:
+            at, self.matched = min(found, key=lambda item: item[0])
+            return text[: at + len(self.matched) * self._include]
+        held = 0 if last else max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop` without being all of it."""
+    for length in range(min(len(stop) - 1, len(text)), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0
+
+
+def bad_word_ids(
+    words: Sequence[str | tuple[int, ...]], tokenizer: Any
+) -> tuple[tuple[int, ...], ...]:
+    """Token sequences of bad words: as they are, and as they follow a space.
+
+    Raises: InvalidRequestError if a string is given and there is no tokenizer.
+    """
+    sequences: dict[tuple[int, ...], None] = {}
+    for word in words:
+        if isinstance(word, str):
+            encode = _need(tokenizer, "a bad word")
+            for text in (word.lstrip(), f" {word.lstrip()}"):
+                ids = tuple(encode(text, add_special_tokens=False).input_ids)
+                if ids:
+                    sequences[ids] = None
+        else:
+            sequences[word] = None
+    return tuple(sequences)

@@ -117,15 +117,10 @@ def run_engine(
     outputs: list[RequestOutput | None] = [None] * len(prompts)
 
     def follow(index: int, request: Any) -> None:
-        token_ids: list[int] = []
         for event in engine.stream(request):
             states[index] = event.finish_reason or "running"
-            token_ids += event.token_ids
             texts[index] += event.text
-            if event.metrics is not None:
-                outputs[index] = RequestOutput(
-                    prompts[index], token_ids, texts[index], states[index], event.metrics
-                )
+        outputs[index] = engine.result(request)
 
     start = time.perf_counter()
     requests = [

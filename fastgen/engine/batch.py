@@ -46,9 +46,8 @@ def build_batch(output: SchedulerOutput, block_size: int, device: torch.device) 
         request, start, end = item.request, item.start, item.start + item.num_tokens
         here = slice(token, token + item.num_tokens)
         block_table[row, : len(request.block_ids)] = request.block_ids
-        if item.is_query:
-            assert request.query_token_id is not None
-            input_ids[here], positions[here] = request.query_token_id, request.query_position
+        if item.query is not None:
+            input_ids[here], positions[here] = item.query
             slot_mapping[here] = -1
             seq_lens[row] = start
         else:
@@ -62,8 +61,7 @@ def build_batch(output: SchedulerOutput, block_size: int, device: torch.device) 
             seq_lens[row] = end
         token += item.num_tokens
         query_start_loc[row + 1] = token
-        if item.samples:
-            logits_indices.append(token - 1)
+        logits_indices.extend(range(token - item.num_logits, token))
 
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(device)

@@ -26,10 +26,11 @@ from ..outputs import EngineMetrics
 from .block_pool import BlockPool
 from .kv_cache import KVCache, block_bytes, free_memory_bytes
 from .mailbox import Mailbox
+from .prefix_cache import root_digest
 from .request import Request, RequestStatus
 from .runner import Runner
-from .sampler import sample
-from .scheduler import Scheduler, SchedulerOutput, SchedulerStats
+from .sampler import SamplingState, logprobs_of, sample
+from .scheduler import ScheduledRequest, Scheduler, SchedulerOutput, SchedulerStats
 from .threads import release_openmp_team
 
 logger = logging.getLogger("fastgen")
@@ -55,7 +56,8 @@ class EngineCore:
         self.poison_freed_blocks = False  # set by tests: whoever reads a freed block sees NaN
         self._scheduler: Scheduler | None = None
         self._runner: Runner | None = None
-        self._generators: dict[int, torch.Generator] = {}
+        self._sampling: dict[int, SamplingState] = {}
+        self._epoch = 0
         self._counters = dict.fromkeys(
             ("engine_steps", "computed_tokens", "prompt_tokens", "output_tokens"), 0
         )
@@ -89,7 +91,11 @@ class EngineCore:
         for token_id in prompt:
             if type(token_id) is not int or not 0 <= token_id <= largest:
                 check_int("each prompt token id", token_id, 0, largest, InvalidRequestError)
-        length, max_tokens = len(prompt), request.sampling.max_tokens
+        params = request.sampling
+        for name in ("allowed_token_ids", "logit_bias"):
+            for token_id in getattr(params, name) or ():
+                check_int(f"each token id of {name}", token_id, 0, largest, InvalidRequestError)
+        length, max_tokens = len(prompt), params.max_tokens
         if length + max_tokens > self.max_model_len:
             raise CapacityError(
                 f"prompt ({length}) + max_tokens ({max_tokens}) must be <= max_model_len "
@@ -126,10 +132,11 @@ class EngineCore:
                 f"({self.config.max_num_seqs}) does not allow it"
             )
         for request in requests:
-            seed, greedy = request.sampling.seed, request.sampling.greedy
-            if seed is None and not greedy and request.group is None:
-                seed = int(torch.randint(SEED_MAX, ()))  # so that torch.manual_seed governs it
-            request.seed = seed or 0
+            seed = request.sampling.seed
+            if seed is not None:
+                request.seed = (seed + request.index) % (SEED_MAX + 1)
+            elif not request.sampling.greedy and request.group is None:
+                request.seed = int(torch.randint(SEED_MAX, ()))  # as torch.manual_seed governs
         self._mailbox.post(lambda: self._admit(requests))
         release_openmp_team()  # the caller is about to wait
 
@@ -200,6 +207,24 @@ class EngineCore:
         self.wait_idle()
         self._mailbox.call(replace)
 
+    def begin_epoch(self, epoch: int) -> None:
+        """The weights have changed: no block that was computed before is found any more.
+
+        Requests must have ended (`wait_idle`), or they go on with keys and values of both.
+        """
+
+        def begin() -> None:
+            self._epoch = epoch
+            if self._scheduler is not None:
+                self._scheduler.pool.forget_all()
+
+        self._mailbox.call(begin)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is left."""
+        return not self._mailbox.call(lambda: self._scheduler and self._scheduler.has_requests)
+
     def close(self) -> None:
         """End all requests and the thread; later calls raise EngineClosedError."""
         if self._closer.alive:
@@ -240,9 +265,12 @@ class EngineCore:
             if not self._scheduler.fits([request]):  # less memory was free than when it was checked
                 self._finish(request, "error", CapacityError("the KV cache pool is too small"))
                 continue
-            if not request.sampling.greedy and request.group is None:
-                generator = torch.Generator(device=self.device)
-                self._generators[request.request_id] = generator.manual_seed(request.seed)
+            if request.group is None:
+                self._sampling[request.request_id] = SamplingState(request, self.device)
+            if self.config.prefix_cache:
+                request.cache_root = root_digest(
+                    self._epoch, self.compiled.graph_id, request.cache_salt
+                )
             self._counters["prompt_tokens"] += len(request.prompt_token_ids)
             self._scheduler.add(request)
 
@@ -310,31 +338,57 @@ class EngineCore:
             self._waiting_for_idle.clear()
 
     def _deliver(self, output: SchedulerOutput, logits: torch.Tensor) -> None:
-        """Hand each sampled row's logits to its lockstep group or to the sampler."""
-        sampled = [item.request for item in output.scheduled if item.samples]
-        self._counters["output_tokens"] += len(sampled)
-        own = [row for row, request in enumerate(sampled) if request.group is None]
-        for row, request in enumerate(sampled):
-            if request.group is not None:
-                request.group.offer(request, logits[row])
-        if not own:
+        """Hand each request's logits to its lockstep group or to the sampler."""
+        end, rows, states = 0, [], []
+        for item in output.scheduled:
+            start, end = end, end + item.num_logits
+            if item.all_logits:
+                self._note_prompt_logprobs(item, logits[start:end])
+            if not item.samples:
+                continue
+            self._counters["output_tokens"] += 1
+            if item.request.group is not None:
+                item.request.group.offer(item.request, logits[end - 1])
+            else:
+                rows.append(end - 1)
+                states.append(self._sampling[item.request.request_id])
+        if not rows:
             return
-        requests = [sampled[row] for row in own]
-        token_ids = sample(
-            logits if len(own) == len(sampled) else logits[own],
-            [request.sampling for request in requests],
-            [self._generators.get(request.request_id) for request in requests],
-        )
-        for request, token_id in zip(requests, token_ids, strict=True):
-            self._append(request, token_id)
+        sampled = sample(logits if len(rows) == len(logits) else logits[rows], states)
+        for row, (state, token_id) in enumerate(zip(states, sampled.token_ids, strict=True)):
+            if row in sampled.errors:
+                self._finish(state.request, "error", sampled.errors[row])
+                continue
+            if row in sampled.logprobs:
+                state.request.logprobs.append(sampled.logprobs[row])
+            self._append(state.request, token_id)
+
+    def _note_prompt_logprobs(self, item: ScheduledRequest, logits: torch.Tensor) -> None:
+        """Row i of the logits says how likely token start + i + 1 was."""
+        request, prompt = item.request, item.request.prompt_token_ids
+        known = request.prompt_logprobs
+        assert known is not None
+        if not known:
+            known.append(None)  # nothing comes before the first token
+        # After a preemption some are known already.
+        first, last = len(known), min(item.start + item.num_tokens, len(prompt) - 1)
+        if first <= last:
+            targets = prompt[first : last + 1]
+            rows = logits[first - item.start - 1 : last - item.start]
+            most = [request.sampling.prompt_logprobs or 0] * len(targets)
+            known.extend(logprobs_of(rows, targets, most))
 
     def _append(self, request: Request, token_id: int) -> None:
         if request.status is RequestStatus.FINISHED:
             return
         assert self._scheduler is not None
-        reason = self._scheduler.append_token(request, token_id)
+        try:
+            reason = self._scheduler.append_token(request, token_id)
+        except Exception as error:  # of a tokenizer that looks for stop strings
+            self._finish(request, "error", error)
+            return
         if request.stream:
-            request.events.put(("token", token_id))
+            request.events.put(("token", token_id, request.index))
         if reason is not None:
             self._ended(request)
 
@@ -348,8 +402,8 @@ class EngineCore:
         self._ended(request)
 
     def _ended(self, request: Request) -> None:
-        self._generators.pop(request.request_id, None)
-        request.events.put(("finish", request.finish_reason))
+        self._sampling.pop(request.request_id, None)
+        request.events.put(("finish", request.finish_reason, request.index))
         request.done.set()
         if request.group is not None:
             request.group.fail(failure(request))
@@ -364,6 +418,7 @@ class EngineCore:
                 "num_waiting": len(scheduler.waiting),
                 "num_blocks": pool.num_usable,
                 "num_free_blocks": pool.num_free,
+                "num_cached_blocks": pool.num_cached,
                 "cache_usage": pool.num_used / pool.num_usable,
             }
         return EngineMetrics(
@@ -371,6 +426,8 @@ class EngineCore:
             **now,
             finished=dict(self._stats.finished),
             preemptions=self._stats.preemptions,
+            prefix_tokens=self._stats.prefix_tokens,
+            prefix_cache_hit_tokens=self._stats.prefix_hit_tokens,
             cache_waste=self._stats.cache_waste,
             forward_seconds=self._forward_seconds,
             host_seconds=self._host_seconds,

@@ -7,11 +7,12 @@ import itertools
 import queue
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ..config import SamplingParams
-from ..outputs import RequestMetrics
+from ..outputs import Logprob, RequestMetrics
 
 _request_ids = itertools.count()
 
@@ -25,6 +26,16 @@ class TokenChooser(Protocol):
 
     def fail(self, error: BaseException) -> None:
         """Hear that one of its requests has ended by an error."""
+        ...
+
+
+class StopText(Protocol):
+    """Who finds stop strings in a request's text (see text.py)."""
+
+    matched: str | None
+
+    def push(self, token_id: int) -> bool:
+        """Whether the text up to this token holds a stop string."""
         ...
 
 
@@ -56,10 +67,19 @@ class Request:
         first_output_position: Position of the first generated token; prompts start at 0.
         group, row: Who chooses this request's tokens, and its row there; None: the sampler.
         stream: Whether every token is put into `events`.
+        stop_text: Finds stop strings; None: there are none.
+        bad_words: Token sequences that must not be generated.
+        siblings: All requests of one prompt of which several outputs are wanted, in order, this
+            one among them; they share `events`. index: This one's place. Empty if it is alone.
+        cache_salt: Only requests of the same salt share blocks.
+        prompt_logprobs: Per prompt token so far, None for the first; None: not wanted.
         seed: Of the request's own generator; set when it is submitted.
-        events: Receives ("token", id) for each token if `stream` is set, and ("finish", reason).
+        events: Receives ("token", id, index) for each token if `stream` is set, and
+            ("finish", reason, index).
         done: Set when the request has ended.
         arrival_order: Place in the order of service; given by the scheduler.
+        cache_root: What its block digests begin with; None: it shares no blocks.
+        last_is_cached: All tokens were found in the cache, and the last one must be asked.
     """
 
     prompt_token_ids: list[int]
@@ -71,15 +91,28 @@ class Request:
     group: TokenChooser | None = None
     row: int = 0
     stream: bool = False
+    stop_text: StopText | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    siblings: tuple[Request, ...] = ()
+    index: int = 0
+    cache_salt: str | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     seed: int = 0
 
     request_id: int = field(default_factory=lambda: next(_request_ids))
     arrival_order: int = -1
     output_token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     num_computed_tokens: int = 0
     block_ids: list[int] = field(default_factory=list)
+    cache_root: bytes | None = None
+    block_digests: list[bytes] = field(default_factory=list)
+    num_published_blocks: int = 0
+    num_cached_tokens: int = 0
+    last_is_cached: bool = False
     status: RequestStatus = RequestStatus.NEW
     finish_reason: str | None = None
+    stop_reason: int | str | None = None
     error: BaseException | None = None
     query_done: bool = False
     num_preemptions: int = 0
@@ -100,9 +133,20 @@ class Request:
         return len(self.prompt_token_ids) + self.sampling.max_tokens - 1
 
     @property
+    def outputs(self) -> tuple[Request, ...]:
+        """All requests of its prompt."""
+        return self.siblings or (self,)
+
+    @property
     def needs_query(self) -> bool:
         """Whether the unstored query token must run before the first token can be sampled."""
         return self.query_token_id is not None and not self.query_done and not self.output_token_ids
+
+    @property
+    def needs_prompt_logits(self) -> bool:
+        """Whether logprobs of prompt tokens are wanted and not all known."""
+        known = self.prompt_logprobs
+        return known is not None and len(known) < len(self.prompt_token_ids)
 
     def token_ids(self, start: int, end: int) -> list[int]:
         """Prompt and output ids [start, end)."""
@@ -120,15 +164,6 @@ class Request:
             return range(start, end)
         offset = self.first_output_position - num_prompt  # pyright: ignore
         return [i if i < num_prompt else i + offset for i in range(start, end)]
-
-    def next_event(self) -> tuple[str, Any]:
-        """Wait for the next of `events`; the end again if it was taken already."""
-        if not self.done.is_set():
-            return self.events.get()
-        try:
-            return self.events.get_nowait()  # all there is was put before `done` was set
-        except queue.Empty:
-            return "finish", self.finish_reason
 
     def end(self, reason: str, error: BaseException | None = None) -> None:
         """Note that the request is over; its owner has taken its blocks back."""
@@ -148,6 +183,7 @@ class Request:
         return RequestMetrics(
             num_prompt_tokens=len(self.prompt_token_ids),
             num_output_tokens=num_output,
+            num_cached_tokens=self.num_cached_tokens,
             queue_time_ms=ms(self.scheduled_time),
             ttft_ms=ttft,
             tpot_ms=tpot,
@@ -155,3 +191,24 @@ class Request:
             output_tokens_per_s=num_output / e2e * 1e3 if e2e else None,
             num_preemptions=self.num_preemptions,
         )
+
+
+def iterate_events(requests: Sequence[Request]) -> Iterator[tuple[str, Any, int]]:
+    """Wait for the events of requests that share a queue, until each has finished.
+
+    Ends that were taken before, by another reader, come again.
+    """
+    events, pending = requests[0].events, {request.index: request for request in requests}
+    while pending:
+        if not all(request.done.is_set() for request in pending.values()):
+            event = events.get()
+        else:
+            try:
+                event = events.get_nowait()  # all there is was put before `done` was set
+            except queue.Empty:
+                for index, request in pending.items():
+                    yield "finish", request.finish_reason, index
+                return
+        if event[0] == "finish":
+            pending.pop(event[2], None)
+        yield event

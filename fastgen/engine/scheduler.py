@@ -5,6 +5,10 @@ until their computed tokens have caught up with their tokens. A prompt that does
 is chunked; a running request that needs a block when none is free takes those of the youngest,
 which starts over later. Requests that wait are always younger than those that run, so the oldest
 one never loses anything and there is always progress.
+
+A request that is let in begins with the blocks of its prefix that were published before it. Blocks
+are published as soon as their tokens are scheduled: a step writes all keys and values before it
+reads any, so that requests of the same step share too.
 """
 
 from __future__ import annotations
@@ -16,27 +20,39 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from .block_pool import BlockPool
+from .prefix_cache import block_digests
 from .request import Request, RequestStatus
+
+# Prompt tokens of a step whose logits are wanted: each costs a row of the vocabulary's size.
+MAX_PROMPT_LOGITS = 256
 
 
 @dataclass(frozen=True)
 class ScheduledRequest:
     """Tokens [start, start + num_tokens) of a request run in this step.
 
-    samples: the last of them gives the logits of the next token. is_query: the one token is the
-    request's unstored query token instead.
+    samples: the last of them gives the logits of the next token. query: (token id, position) of a
+    token that is asked and not stored, in place of the tokens: the request's own query token, or
+    its last token, whose keys and values were in the cache already. all_logits: the logits of all
+    tokens are wanted, for the prompt's logprobs.
     """
 
     request: Request
     start: int
     num_tokens: int
     samples: bool
-    is_query: bool = False
+    query: tuple[int, int] | None = None
+    all_logits: bool = False
+
+    @property
+    def num_logits(self) -> int:
+        """Rows of logits that this item gives."""
+        return self.num_tokens if self.all_logits else int(self.samples)
 
 
 @dataclass
 class SchedulerOutput:
-    """One step: what runs, and the blocks that were given back since the last one."""
+    """One step: what runs, and the blocks whose content was given up since the last one."""
 
     scheduled: list[ScheduledRequest] = field(default_factory=list)
     freed_blocks: list[int] = field(default_factory=list)
@@ -48,10 +64,16 @@ class SchedulerOutput:
 
 @dataclass
 class SchedulerStats:
-    """Counts that outlive a scheduler: finished requests by reason, preemptions, cache waste."""
+    """Counts that outlive a scheduler.
+
+    finished: requests by reason. prefix_tokens: tokens of requests when they were first let in;
+    prefix_hit_tokens: those of them that were found in the cache.
+    """
 
     finished: Counter[str] = field(default_factory=Counter)
     preemptions: int = 0
+    prefix_tokens: int = 0
+    prefix_hit_tokens: int = 0
     waste_sum: float = 0.0
     waste_steps: int = 0
 
@@ -80,7 +102,6 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.stats = stats or SchedulerStats()
-        self._freed_blocks: list[int] = []
         self._num_arrived = 0
 
     def num_blocks_for(self, num_tokens: int) -> int:
@@ -106,32 +127,24 @@ class Scheduler:
     def schedule(self) -> SchedulerOutput:
         """Spend one step's budget; the caller must run it and call `advance`."""
         output = SchedulerOutput()
-        budget = self.max_num_batched_tokens
+        budget = _Budget(self.max_num_batched_tokens, MAX_PROMPT_LOGITS)
         index = 0
-        while index < len(self.running) and budget > 0:
+        while index < len(self.running) and budget.tokens > 0:
             request = self.running[index]
             item = self._next_tokens(request, budget)
             if item is not None:
                 if not self._reserve(request, item):
                     break  # the request itself was the youngest and gave up its blocks
-                output.scheduled.append(item)
-                budget -= item.num_tokens
+                self._add(output, item, budget)
             index += 1
-        while self.waiting and len(self.running) < self.max_num_seqs and budget > 0:
-            request = self.waiting[0]
-            if self.num_blocks_for(request.num_tokens) > self.pool.num_free:
+        while self.waiting and len(self.running) < self.max_num_seqs and budget.tokens > 0:
+            if not self._let_in(request := self.waiting[0]):
                 break
-            self.waiting.popleft()
-            request.status = RequestStatus.RUNNING
-            if request.scheduled_time is None:
-                request.scheduled_time = time.perf_counter()
-            bisect.insort(self.running, request, key=_age)
             item = self._next_tokens(request, budget)
             if item is not None:
                 self._allocate(request, item)
-                output.scheduled.append(item)
-                budget -= item.num_tokens
-        output.freed_blocks, self._freed_blocks = self._freed_blocks, []
+                self._add(output, item, budget)
+        output.freed_blocks = self.pool.take_discarded()
         self._count_waste(output)
         return output
 
@@ -140,8 +153,8 @@ class Scheduler:
         for item in output.scheduled:
             if item.request.status is not RequestStatus.RUNNING:
                 continue
-            if item.is_query:
-                item.request.query_done = True
+            if item.query is not None:
+                item.request.query_done, item.request.last_is_cached = True, False
             else:
                 item.request.num_computed_tokens = item.start + item.num_tokens
 
@@ -155,6 +168,11 @@ class Scheduler:
         reason = None
         if token_id in request.stop_token_ids:
             reason = "stop"
+            if token_id in request.sampling.stop_token_ids:
+                request.stop_reason = token_id
+        elif request.stop_text is not None and request.stop_text.push(token_id):
+            reason = "stop"
+            request.stop_reason = request.stop_text.matched
         elif len(request.output_token_ids) >= request.sampling.max_tokens:
             reason = "length"
         if reason is not None:
@@ -170,24 +188,80 @@ class Scheduler:
                 self.running.remove(request)
             case RequestStatus.WAITING:
                 self.waiting.remove(request)
+        if error is not None:
+            self.pool.forget(request.block_ids)  # the step that was to fill them may have failed
         self._free(request)
         request.end(reason, error)
         self.stats.finished[reason] += 1
 
-    def _next_tokens(self, request: Request, budget: int) -> ScheduledRequest | None:
-        """The next piece of a request's work, or None if it waits for its token."""
+    def _let_in(self, request: Request) -> bool:
+        """Move the first waiting request to the running ones, if there are blocks for it."""
+        shared = self._published_prefix(request)
+        fresh = self.num_blocks_for(request.num_tokens) - len(shared)
+        if fresh > self.pool.num_free - self.pool.num_idle(shared):
+            return False
+        self.waiting.popleft()
+        request.status = RequestStatus.RUNNING
+        num_cached = len(shared) * self.block_size
+        if request.scheduled_time is None:
+            request.scheduled_time = time.perf_counter()
+            request.num_cached_tokens = num_cached
+            self.stats.prefix_tokens += request.num_tokens
+            self.stats.prefix_hit_tokens += num_cached
+        self.pool.share(shared)
+        request.block_ids = shared
+        request.num_published_blocks = len(shared)
+        request.num_computed_tokens = num_cached
+        request.last_is_cached = num_cached == request.num_tokens and not request.needs_query
+        bisect.insort(self.running, request, key=_age)
+        return True
+
+    def _published_prefix(self, request: Request) -> list[int]:
+        if request.needs_prompt_logits:
+            return []  # every prompt token must be computed
+        return self.pool.find(block_digests(request, request.num_tokens, self.block_size))
+
+    def _next_tokens(self, request: Request, budget: _Budget) -> ScheduledRequest | None:
+        """The next piece of a request's work, or None if it waits for its token or its turn."""
         start = request.num_computed_tokens
-        missing = request.num_tokens - start
-        if missing:
-            count = min(missing, budget)
+        if missing := request.num_tokens - start:
+            all_logits = request.needs_prompt_logits
+            count = min(missing, budget.tokens)
+            if all_logits:
+                count = min(count, budget.prompt_logits)
             samples = count == missing and not request.needs_query
-            return ScheduledRequest(request, start, count, samples)
+            return (
+                ScheduledRequest(request, start, count, samples, None, all_logits)
+                if count
+                else None
+            )
         if request.needs_query:
-            return ScheduledRequest(request, start, 1, samples=True, is_query=True)
-        return None
+            assert request.query_token_id is not None
+            query = request.query_token_id, request.query_position
+        elif request.last_is_cached:
+            (position,) = request.positions(start - 1, start)
+            query = request.token_ids(start - 1, start)[0], position
+        else:
+            return None
+        return ScheduledRequest(request, start, 1, samples=True, query=query)
+
+    def _add(self, output: SchedulerOutput, item: ScheduledRequest, budget: _Budget) -> None:
+        output.scheduled.append(item)
+        budget.tokens -= item.num_tokens
+        if item.all_logits:
+            budget.prompt_logits -= item.num_tokens
+        if item.query is None:
+            self._publish(item.request, item.start + item.num_tokens)
+
+    def _publish(self, request: Request, num_tokens: int) -> None:
+        """Let others find the blocks that this step fills."""
+        digests = block_digests(request, num_tokens, self.block_size)
+        for index in range(request.num_published_blocks, len(digests)):
+            self.pool.publish(request.block_ids[index], digests[index])
+            request.num_published_blocks = index + 1
 
     def _missing_blocks(self, request: Request, item: ScheduledRequest) -> int:
-        if item.is_query:
+        if item.query is not None:
             return 0
         return self.num_blocks_for(item.start + item.num_tokens) - len(request.block_ids)
 
@@ -212,7 +286,7 @@ class Scheduler:
         self._free(request)
         request.status = RequestStatus.WAITING
         request.num_computed_tokens = 0
-        request.query_done = False
+        request.query_done = request.last_is_cached = False
         request.num_preemptions += 1
         self.stats.preemptions += 1
         index = bisect.bisect_left(self.waiting, _age(request), key=_age)
@@ -220,17 +294,28 @@ class Scheduler:
 
     def _free(self, request: Request) -> None:
         self.pool.free(request.block_ids)
-        self._freed_blocks.extend(request.block_ids)
         request.block_ids = []
+        request.num_published_blocks = 0
 
     def _count_waste(self, output: SchedulerOutput) -> None:
+        """Only the end of a request's last blocks is unused: shared blocks are full."""
         allocated = self.pool.num_used * self.block_size
         if not output.scheduled or not allocated:
             return
-        used = sum(request.num_computed_tokens for request in self.running)
-        used += sum(item.num_tokens for item in output.scheduled if not item.is_query)
-        self.stats.waste_sum += 1 - used / allocated
+        unused = sum(
+            len(r.block_ids) * self.block_size - r.num_computed_tokens for r in self.running
+        )
+        unused -= sum(item.num_tokens for item in output.scheduled if item.query is None)
+        self.stats.waste_sum += unused / allocated
         self.stats.waste_steps += 1
+
+
+@dataclass
+class _Budget:
+    """What is left of a step: tokens, and prompt tokens whose logits are wanted."""
+
+    tokens: int
+    prompt_logits: int
 
 
 def _age(request: Request) -> int:

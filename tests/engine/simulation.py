@@ -1,13 +1,14 @@
 """A model of ints for the scheduler's tests: it stands for the graph and its KV cache.
 
 `IntRunner` stores token ids where keys and values would be and computes the next token from what
-it reads back through the block table. Whatever a schedule does (chunks, preemption, shared steps),
-a request must end with the tokens it gets when it is alone.
+it reads back through the block table. Whatever a schedule does (chunks, preemption, shared steps,
+shared blocks), a request must end with the tokens it gets when it is alone.
 """
 
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 from fastgen.config import SamplingParams
 from fastgen.engine.block_pool import BlockPool
@@ -55,17 +56,22 @@ class IntRunner:
             start = block * self.block_size
             self.slots[start : start + self.block_size] = [None] * self.block_size
         sampled = {}
+        for item in output.scheduled:  # a step writes everything before it reads anything
+            if item.query is None:
+                ids = item.request.token_ids(item.start, item.start + item.num_tokens)
+                for index, token_id in enumerate(ids, item.start):
+                    slot = self._slot(item.request, index)
+                    assert self.slots[slot] is None, "a slot that holds something was written"
+                    self.slots[slot] = token_id
         for item in output.scheduled:
             request, end = item.request, item.start
-            if not item.is_query:
+            if item.query is None:
                 end += item.num_tokens
-                for index, token_id in enumerate(request.token_ids(item.start, end), item.start):
-                    self.slots[self._slot(request, index)] = token_id
             seen = [self.slots[self._slot(request, index)] for index in range(end)]
             assert seen == request.token_ids(0, end), "the cache does not hold the request's tokens"
             if item.samples:
                 assert end == request.num_tokens, "sampled before it had caught up"
-                query = request.query_token_id if item.is_query else None
+                query = item.query[0] if item.query and request.needs_query else None
                 sampled[request] = next_token(request.token_ids(0, end), query)
         return sampled
 
@@ -98,10 +104,23 @@ class Simulation:
         self.late: dict[Request, int | None] = {}
 
     def add(
-        self, num_prompt: int, max_tokens: int, *, late: bool = False, rng=random, **fields
+        self,
+        num_prompt: int,
+        max_tokens: int,
+        *,
+        late: bool = False,
+        salt: bytes | None = None,
+        alike: bool = False,
+        rng=random,
+        **fields,
     ) -> Request:
+        """Queue a request; those of one salt may share blocks, if they begin alike."""
         prompt = [rng.randrange(VOCAB) for _ in range(num_prompt)]
+        if alike:
+            same = rng.randint(0, num_prompt)
+            prompt[:same] = [(7 * i) % VOCAB for i in range(same)]
         request = Request(prompt, SamplingParams(max_tokens=max_tokens, temperature=0.0), **fields)
+        request.cache_root = salt
         if not self.scheduler.fits([request]):
             return request
         self.scheduler.add(request)
@@ -165,7 +184,7 @@ class Simulation:
             assert request.status is RequestStatus.RUNNING
             assert item.num_tokens > 0
             assert item.start == request.num_computed_tokens
-            if item.is_query:
+            if item.query is not None:
                 assert item.num_tokens == 1
                 assert item.samples
             else:
@@ -175,10 +194,14 @@ class Simulation:
     def check_state(self) -> None:
         scheduler, pool = self.scheduler, self.scheduler.pool
         assert pool.num_free + pool.num_used == pool.num_usable
-        held = [block for request in self.requests for block in request.block_ids]
-        assert len(held) == len(set(held)), "a block is in two hands"
-        assert 0 not in held, "the null block was handed out"
-        assert pool.num_used == len(held)
+        holders = Counter(block for request in self.requests for block in request.block_ids)
+        assert 0 not in holders, "the null block was handed out"
+        assert pool.num_used == len(holders)
+        assert pool._holders == holders
+        for request in self.requests:
+            assert request.cache_root or not request.num_cached_tokens, "shared what it must not"
+        for block, count in holders.items():
+            assert count == 1 or block in pool._digests, "a private block is in two hands"
         assert len(scheduler.running) <= scheduler.max_num_seqs
         running, waiting = list(scheduler.running), list(scheduler.waiting)
         by_status = {RequestStatus.RUNNING: running, RequestStatus.WAITING: waiting}

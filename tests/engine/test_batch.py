@@ -50,16 +50,15 @@ def check_batch(batch: ForwardBatch, scheduled: list[ScheduledRequest], block_si
         ids = [*asked.prompt_token_ids, *asked.output_token_ids]
         num_prompt = len(asked.prompt_token_ids)
         assert starts[row + 1] - starts[row] == item.num_tokens
-        length = item.start + (0 if item.is_query else item.num_tokens)
+        length = item.start + (0 if item.query else item.num_tokens)
         assert batch.seq_lens[row] == length
         num_blocks = len(asked.block_ids)
         assert batch.block_table[row, :num_blocks].tolist() == asked.block_ids
         assert (batch.block_table[row, num_blocks:] == NULL_BLOCK).all()
         for i in range(item.num_tokens):
             token, index = starts[row] + i, item.start + i
-            if item.is_query:
-                assert batch.input_ids[token] == asked.query_token_id
-                assert batch.positions[token] == asked.query_position
+            if item.query is not None:
+                assert (batch.input_ids[token], batch.positions[token]) == item.query
                 assert batch.slot_mapping[token] == -1
                 continue
             assert batch.input_ids[token] == ids[index]
@@ -91,7 +90,7 @@ def mixed_step() -> list[ScheduledRequest]:
         ScheduledRequest(whole, 0, 5, samples=True),
         ScheduledRequest(decode, 4, 1, samples=True),
         ScheduledRequest(chunk, 6, 4, samples=False),
-        ScheduledRequest(query, 4, 1, samples=True, is_query=True),
+        ScheduledRequest(query, 4, 1, samples=True, query=(99, 7)),
         ScheduledRequest(shifted, 3, 1, samples=True),
     ]
 
@@ -165,7 +164,7 @@ def test_chunk_across_prompt_and_output():
 def test_query_token_is_not_stored_and_not_counted():
     asked = request([1, 2, 3, 4], query_token_id=9, query_position=6)
     asked.block_ids = [3]
-    batch = step(ScheduledRequest(asked, 4, 1, samples=True, is_query=True))
+    batch = step(ScheduledRequest(asked, 4, 1, samples=True, query=(9, 6)))
     assert batch.slot_mapping.tolist() == [-1]
     assert batch.seq_lens.tolist() == [4]
     assert (batch.input_ids.tolist(), batch.positions.tolist()) == ([9], [6])

@@ -124,7 +124,7 @@ class HandsOutTwice(BlockPool):
 
     def allocate(self, count):
         blocks = super().allocate(count)
-        self._used.clear()
+        self._holders.clear()
         return blocks
 
 

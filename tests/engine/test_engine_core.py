@@ -241,10 +241,10 @@ class EndsMeanwhile:
 
     def _end(self) -> None:
         if self._request.finish_reason is None:
-            self._queue.put(("token", 5))
+            self._queue.put(("token", 5, 0))
             self._request.output_token_ids.append(5)
             self._request.end("length")
-            self._queue.put(("finish", "length"))
+            self._queue.put(("finish", "length", 0))
             if hasattr(self._request, "done"):
                 self._request.done.set()
 

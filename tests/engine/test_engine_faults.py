@@ -341,4 +341,4 @@ def test_finished_requests_leave_no_generator_behind(engine, expected):
     stream = engine.stream(engine.submit(expected[0][0], SamplingParams(max_tokens=300)))
     within(next, stream)
     within(stream.close)
-    assert core_of(engine)._generators == {}
+    assert core_of(engine)._sampling == {}

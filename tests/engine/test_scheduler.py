@@ -65,6 +65,8 @@ def run_workload(seed: int, **classes) -> Simulation:
                 num_prompt,
                 rng.randint(1, max(1, capacity - num_prompt)),
                 late=rng.random() < 0.2,
+                salt=rng.choice([None, b"one", b"two", b"two"]),
+                alike=rng.random() < 0.8,
                 rng=rng,
                 query_token_id=rng.randrange(VOCAB) if rng.random() < 0.2 else None,
                 stop_token_ids=frozenset(rng.sample(range(VOCAB), 3)),
@@ -89,6 +91,8 @@ def test_random_workload(seed):
 
 def test_random_workloads_reach_what_they_are_for():
     simulations = [run_workload(seed) for seed in range(40)]
+    hits = [simulation.scheduler.stats.prefix_hit_tokens for simulation in simulations]
+    assert sum(hit > 0 for hit in hits) > 20
     reasons = {
         reason for simulation in simulations for reason in simulation.scheduler.stats.finished
     }
@@ -117,12 +121,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         query=st.one_of(st.none(), st.integers(0, VOCAB - 1)),
         stop=st.frozensets(st.integers(0, VOCAB - 1), max_size=4),
         seed=st.integers(0, 100),
+        salt=st.sampled_from([None, b"one", b"two"]),
     )
-    def add(self, num_prompt, max_tokens, late, query, stop, seed):
+    def add(self, num_prompt, max_tokens, late, query, stop, seed, salt):
         self.simulation.add(
             num_prompt,
             max_tokens,
             late=late,
+            salt=salt,
+            alike=True,
             rng=random.Random(seed),
             query_token_id=query,
             stop_token_ids=stop,
@@ -340,7 +347,7 @@ def test_query_token_runs_once_after_the_prompt():
     request = simulation.add(8, 3, query_token_id=5, query_position=11)
     assert simulation.step().scheduled == [ScheduledRequest(request, 0, 8, samples=False)]
     assert request.output_token_ids == []
-    query = ScheduledRequest(request, 8, 1, samples=True, is_query=True)
+    query = ScheduledRequest(request, 8, 1, samples=True, query=(5, 11))
     assert simulation.step().scheduled == [query]
     assert len(request.block_ids) == 2, "a query token takes no slot"
     assert request.num_computed_tokens == 8
@@ -353,7 +360,7 @@ def test_query_token_does_not_run_again_before_a_late_token():
     simulation = Simulation(num_blocks=10)
     request = simulation.add(4, 2, late=True, query_token_id=5)
     simulation.step()
-    assert simulation.step().scheduled[0].is_query
+    assert simulation.step().scheduled[0].query is not None
     assert simulation.step().scheduled == []
     simulation.run_to_end()
     simulation.check_outputs()
@@ -376,7 +383,7 @@ def test_query_token_runs_again_after_a_preemption():
 def test_prompt_of_a_query_token_only():
     simulation = Simulation(num_blocks=5)
     request = simulation.add(0, 3, query_token_id=5)
-    query = ScheduledRequest(request, 0, 1, samples=True, is_query=True)
+    query = ScheduledRequest(request, 0, 1, samples=True, query=(5, 0))
     assert simulation.step().scheduled == [query]
     simulation.run_to_end()
     simulation.check_outputs()
@@ -497,15 +504,6 @@ class PreemptsOldest(Scheduler):
         return True
 
 
-class KeepsComputedTokens(Scheduler):
-    """A preempted request goes on where it was, without its blocks' content."""
-
-    def _preempt(self, request):
-        computed = request.num_computed_tokens
-        super()._preempt(request)
-        request.num_computed_tokens = computed
-
-
 class ForgetsToFree(Scheduler):
     def _free(self, request):
         request.block_ids = []
@@ -520,7 +518,11 @@ class FreesAndKeeps(Scheduler):
 
 class IgnoresTheBudget(Scheduler):
     def _next_tokens(self, request, budget):
-        return super()._next_tokens(request, budget + 1)
+        budget.tokens += 1
+        try:
+            return super()._next_tokens(request, budget)
+        finally:
+            budget.tokens -= 1
 
 
 class SamplesEveryChunk(Scheduler):
@@ -553,11 +555,63 @@ class HandsOutTwice(BlockPool):
         return blocks
 
 
+class PublishesAhead(Scheduler):
+    """A chunked prompt's blocks are found before they are computed."""
+
+    def _publish(self, request, num_tokens):
+        super()._publish(request, len(request.block_ids) * self.block_size)
+
+
+class NeverAsksTheLastToken(Scheduler):
+    """A request whose tokens were all found waits for ever."""
+
+    def _let_in(self, request):
+        let_in = super()._let_in(request)
+        request.last_is_cached = False
+        return let_in
+
+
+class IgnoresRoots(Scheduler):
+    """Blocks are found whatever weights, adapters and salt they were computed with.
+
+    Seen as a request that finds blocks while it must not share.
+    """
+
+    def _published_prefix(self, request):
+        root, request.cache_root = request.cache_root, request.cache_root or b"one"
+        try:
+            return super()._published_prefix(request)
+        finally:
+            request.cache_root = root
+
+
+class SharesWithoutCounting(BlockPool):
+    def share(self, blocks):
+        before = dict(self._holders)
+        super().share(blocks)
+        for block in blocks:
+            if block in before:
+                self._holders[block] -= 1
+
+
+class EvictsAndRemembers(BlockPool):
+    """A block that is handed out again is still found under its old digest."""
+
+    def _evict(self, block):
+        digest = self._digests[block]
+        super()._evict(block)
+        self._published.setdefault(digest, block)
+
+
 @pytest.mark.parametrize(
     "broken",
     [
+        PublishesAhead,
+        NeverAsksTheLastToken,
+        IgnoresRoots,
+        SharesWithoutCounting,
+        EvictsAndRemembers,
         PreemptsOldest,
-        KeepsComputedTokens,
         ForgetsToFree,
         FreesAndKeeps,
         IgnoresTheBudget,
