@@ -65,7 +65,11 @@ def test_bench_measures_after_the_parity_gate():
     data = json.loads(result.stdout)
     assert data["parity"]["passed"]
     assert data["parity"]["fp32_requests"] == 4
-    assert [row["engine"] for row in data["engines"]] == ["fastgen", "transformers, one by one"]
+    assert [row["engine"] for row in data["engines"]] == [
+        "fastgen",
+        "transformers, one by one",
+        "transformers, continuous batching",
+    ]
     assert all(row["tokens_per_s"] > 0 for row in data["engines"])
     assert 0 < data["shares"]["read_bandwidth"] < 2
 
@@ -99,7 +103,7 @@ def test_the_parity_gate_can_fail(monkeypatch):
     """A wrong engine is caught before anything is timed."""
     from tiny_models import prompts, tiny_model
 
-    from fastgen.cli import parity
+    from fastgen.bench import parity
 
     model, requests = tiny_model("llama"), [(row, 8) for row in prompts(5, 20, 150)]
     assert parity.check_parity(model, requests).passed

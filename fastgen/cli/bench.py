@@ -9,51 +9,22 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import random
 import statistics
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import Engine, SamplingParams, __version__, api
+from .. import __version__
+from ..bench import startup
+from ..bench.engines import Measurement, engines_for, measure
+from ..bench.machine import measure_machine
+from ..bench.parity import check_parity
+from ..bench.plot import plot_bars
+from ..bench.workloads import WORKLOADS, Workload, block_waste, make_workload
 from .models import DTYPES, SHAPES, load_model, random_model
-from .parity import check_parity
-
-ONE_BY_ONE_REQUESTS = 8  # of the mix, seeded: the slowest peer runs a part and is marked so
-
-
-@dataclass(frozen=True)
-class Workload:
-    """Requests as (prompt ids, number of output tokens)."""
-
-    name: str
-    requests: list[tuple[list[int], int]]
-
-    @property
-    def output_tokens(self) -> int:
-        return sum(length for _, length in self.requests)
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One engine on one workload in one round."""
-
-    engine: str
-    seconds: float
-    output_tokens: int
-    ttft_ms: float | None = None
-    tpot_ms: float | None = None
-    steps: int | None = None
-    computed_tokens: int | None = None
-    cache_waste: float | None = None
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.output_tokens / self.seconds
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -63,7 +34,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--shape", choices=SHAPES, help="a known shape with random weights")
     source.add_argument("--model", metavar="DIR", type=Path, help="a model folder, or 'demo'")
-    parser.add_argument("--workload", choices=("single", "mixed"), default="mixed")
+    parser.add_argument(
+        "--workload",
+        choices=(*WORKLOADS, "startup"),
+        default="mixed",
+        help="; ".join(f"{name}: {make.__doc__}" for name, make in WORKLOADS.items())
+        + "; startup: a model in memory to its first token, in fresh processes",
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=None, help="torch threads")
@@ -72,29 +49,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-peers", action="store_true", help="measure fastgen alone")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--plot", metavar="FILE", type=Path, help="draw bars (needs matplotlib), e.g. bench.png"
+    )
+    parser.add_argument("--startup-child", choices=startup.ENGINES, help=argparse.SUPPRESS)
     parser.set_defaults(run=run)
-
-
-def make_workload(name: str, vocab_size: int, max_len: int, seed: int) -> Workload:
-    """single: 128 + 128 tokens. mixed: 32 requests, log-normal prompts and outputs.
-
-    Lengths beyond the model's limit are cut so that every request fits.
-    """
-    draw = random.Random(seed)
-
-    def prompt(length: int) -> list[int]:
-        return [draw.randrange(vocab_size) for _ in range(length)]
-
-    def log_normal(median: float, low: int, high: int) -> int:
-        return int(min(high, max(low, draw.lognormvariate(0, 0.9) * median)))
-
-    if name == "single":
-        return Workload(name, [(prompt(min(128, max_len // 2)), min(128, max_len // 2))])
-    requests = []
-    for _ in range(32):
-        length = min(log_normal(110, 16, 512), max_len // 2)
-        requests.append((prompt(length), min(log_normal(72, 16, 256), max_len // 2)))
-    return Workload(name, requests)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -102,15 +61,38 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--rounds must be at least 1, got {arguments.rounds}")
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
+    if arguments.workload == "startup" and arguments.startup_child is None:
+        result = run_startup(arguments)
+    else:
+        model = make_model(arguments)
+        if arguments.startup_child is not None:
+            print(json.dumps(asdict(startup.measure_here(arguments.startup_child, model))))
+            return 0
+        result = run_workload(model, arguments)
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+    elif arguments.workload == "startup":
+        show_startup(result)
+    else:
+        show(result)
+    if arguments.plot is not None:
+        plot(result, arguments.plot)
+    return 0
+
+
+def make_model(arguments: argparse.Namespace) -> Any:
     if arguments.shape:
         model = random_model(arguments.shape, arguments.dtype, arguments.device, arguments.seed)
     else:
         model, _ = load_model(arguments.model, arguments.dtype, arguments.device)
     model.generation_config.eos_token_id = None  # every request runs to its length
     model.generation_config.pad_token_id = 0
+    return model
+
+
+def run_workload(model: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     limit = model.config.max_position_embeddings
     workload = make_workload(arguments.workload, model.config.vocab_size, limit, arguments.seed)
-
     parity = check_parity(model, workload.requests)
     result: dict[str, Any] = {
         "setting": setting(arguments, workload),
@@ -120,23 +102,43 @@ def run(arguments: argparse.Namespace) -> int:
     if not parity.passed:
         print(json.dumps(result, indent=2))
         raise ValueError("the parity gate failed: tokens or logits differ from transformers'")
-    rounds = measure(model, workload, arguments)
-    result["engines"] = summarize(rounds)
+    engines = engines_for(model, workload, arguments.block_size, not arguments.no_peers)
+    result["engines"] = summarize(measure(engines, arguments.rounds))
     result["shares"] = shares(model, result)
-    result["waste"] = block_waste(model, workload) if arguments.workload == "mixed" else {}
-    print(json.dumps(result, indent=2)) if arguments.json else show(result)
-    return 0
+    result["waste"] = block_waste(workload) if arguments.workload == "mixed" else {}
+    return result
 
 
-def setting(arguments: argparse.Namespace, workload: Workload) -> dict[str, Any]:
+def run_startup(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Each engine in fresh processes, in turn; medians."""
+    given = ["--dtype", arguments.dtype, "--device", arguments.device]
+    given += ["--shape", arguments.shape] if arguments.shape else ["--model", str(arguments.model)]
+    given += ["--threads", str(torch.get_num_threads()), "--seed", str(arguments.seed)]
+    names = startup.ENGINES[:1] if arguments.no_peers else startup.ENGINES
+    rounds = [startup.measure_fresh(name, given) for _ in range(arguments.rounds) for name in names]
+    rows = []
+    for name in names:
+        items = sorted((item for item in rounds if item.engine == name), key=lambda i: i.total_s)
+        middle = items[len(items) // 2]
+        all_s = [item.total_s for item in items]
+        rows.append({**asdict(middle), "total_s": middle.total_s, "all_total_s": all_s})
+    return {"setting": setting(arguments, None), "engines": rows}
+
+
+def setting(arguments: argparse.Namespace, workload: Workload | None) -> dict[str, Any]:
     import transformers
 
+    counts = {}
+    if workload is not None:
+        counts = {
+            "requests": len(workload.requests),
+            "prompt_tokens": workload.prompt_tokens,
+            "output_tokens": workload.output_tokens,
+        }
     return {
         "model": arguments.shape or str(arguments.model),
-        "workload": workload.name,
-        "requests": len(workload.requests),
-        "prompt_tokens": sum(len(prompt) for prompt, _ in workload.requests),
-        "output_tokens": workload.output_tokens,
+        "workload": arguments.workload,
+        **counts,
         "dtype": arguments.dtype,
         "device": arguments.device,
         "threads": torch.get_num_threads(),
@@ -145,125 +147,6 @@ def setting(arguments: argparse.Namespace, workload: Workload) -> dict[str, Any]
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-    }
-
-
-def measure(model: Any, workload: Workload, arguments: argparse.Namespace) -> list[Measurement]:
-    """All engines in turn, round by round. Peers see the model restored, fastgen optimised."""
-    engines: list[Callable[[], Measurement]] = [
-        lambda: run_fastgen(model, workload, arguments.block_size)
-    ]
-    if not arguments.no_peers:
-        engines.append(lambda: run_one_by_one(model, workload))
-        if len(workload.requests) > 1:
-            engines.append(lambda: run_static_batch(model, workload))
-    return [engine() for _ in range(arguments.rounds) for engine in engines]
-
-
-def run_fastgen(model: Any, workload: Workload, block_size: int) -> Measurement:
-    api.optimize(model, block_size=block_size)
-    try:
-        with Engine(model) as engine:
-            engine.generate([[1, 2, 3]], SamplingParams(max_tokens=2, temperature=0.0))  # warm up
-            before = engine.metrics()
-            params = [
-                SamplingParams(max_tokens=length, temperature=0.0, ignore_eos=True)
-                for _, length in workload.requests
-            ]
-            start = time.perf_counter()
-            outputs = engine.generate([prompt for prompt, _ in workload.requests], params)
-            seconds = time.perf_counter() - start
-            after = engine.metrics()
-    finally:
-        api.restore(model)
-    ttft = [output.metrics.ttft_ms for output in outputs if output.metrics.ttft_ms is not None]
-    tpot = [output.metrics.tpot_ms for output in outputs if output.metrics.tpot_ms is not None]
-    return Measurement(
-        "fastgen",
-        seconds,
-        sum(len(output.token_ids) for output in outputs),
-        statistics.mean(ttft),
-        statistics.mean(tpot),
-        after.engine_steps - before.engine_steps,
-        after.computed_tokens - before.computed_tokens,
-        after.cache_waste,
-    )
-
-
-def run_one_by_one(model: Any, workload: Workload) -> Measurement:
-    """transformers' generate, one request after the other."""
-    part = workload.requests
-    name = "transformers, one by one"
-    if len(part) > ONE_BY_ONE_REQUESTS:
-        part = random.Random(1).sample(part, ONE_BY_ONE_REQUESTS)
-        name += f" ({ONE_BY_ONE_REQUESTS} of {len(workload.requests)} requests)"
-    start = time.perf_counter()
-    for prompt, length in part:
-        ids = torch.tensor([prompt], device=model.device)
-        model.generate(ids, max_new_tokens=length, do_sample=False)
-    return Measurement(name, time.perf_counter() - start, sum(length for _, length in part))
-
-
-def run_static_batch(model: Any, workload: Workload) -> Measurement:
-    """transformers' generate, all requests in one left-padded batch that runs to the longest."""
-    longest = max(len(prompt) for prompt, _ in workload.requests)
-    pads = [longest - len(prompt) for prompt, _ in workload.requests]
-    ids = [[0] * pad + prompt for pad, (prompt, _) in zip(pads, workload.requests, strict=True)]
-    mask = [[0] * pad + [1] * (longest - pad) for pad in pads]
-    start = time.perf_counter()
-    model.generate(
-        torch.tensor(ids, device=model.device),
-        attention_mask=torch.tensor(mask, device=model.device),
-        max_new_tokens=max(length for _, length in workload.requests),
-        do_sample=False,
-    )
-    name = f"transformers, one static batch of {len(workload.requests)}"
-    return Measurement(name, time.perf_counter() - start, workload.output_tokens)
-
-
-def block_waste(model: Any, workload: Workload) -> dict[str, float]:
-    """Cache waste of the workload by block size; the scheduler alone decides it."""
-    from ..engine.block_pool import BlockPool
-    from ..engine.request import Request
-    from ..engine.scheduler import Scheduler
-
-    waste = {}
-    for block_size in (16, 32, 64):
-        scheduler = Scheduler(
-            BlockPool(1 << 16), block_size=block_size, max_num_seqs=256, max_num_batched_tokens=2048
-        )
-        for prompt, length in workload.requests:
-            params = SamplingParams(max_tokens=length, temperature=0.0)
-            scheduler.add(Request(list(prompt), params))
-        while (output := scheduler.schedule()).scheduled:
-            scheduler.advance(output)
-            for item in output.scheduled:
-                if item.samples:
-                    scheduler.append_token(item.request, 0)
-        waste[str(block_size)] = scheduler.stats.cache_waste
-    return waste
-
-
-def measure_machine(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Read bandwidth in GB/s and GEMM rate in TFLOP/s, best of several tries."""
-
-    def best(function: Callable[[], Any], tries: int) -> float:
-        times = []
-        for _ in range(tries):
-            start = time.perf_counter()
-            function()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    data = torch.ones(1 << 27, dtype=torch.float32, device=device)  # 512 MiB
-    read = best(data.sum, 5)
-    left = torch.randn(2048, 2048, device=device).to(dtype)
-    gemm = best(lambda: left @ left, 5)
-    return {
-        "read_gb_per_s": data.nbytes / read / 1e9,
-        "gemm_tflop_per_s": 2 * 2048**3 / gemm / 1e12,
     }
 
 
@@ -309,10 +192,8 @@ def show(result: dict[str, Any]) -> None:
     where, parity, machine = result["setting"], result["parity"], result["machine"]
     console = Console()
     console.print(
-        f"{where['model']}, {where['dtype']}, {where['device']} ({where['threads']} threads), "
-        f"workload {where['workload']}: {where['requests']} requests, {where['prompt_tokens']} "
-        f"prompt and {where['output_tokens']} output tokens; fastgen {where['fastgen']}, torch "
-        f"{where['torch']}, transformers {where['transformers']}"
+        f"{describe(where)}: {where['requests']} requests, {where['prompt_tokens']} "
+        f"prompt and {where['output_tokens']} output tokens; {versions(where)}"
     )
     console.print(
         f"parity: passed; fp32 tokens equal on {parity['fp32_requests']} requests "
@@ -322,23 +203,75 @@ def show(result: dict[str, Any]) -> None:
         f"{parity['equal_token_share']:.0%}"
     )
     table = Table()
-    for name in ("engine", "tokens/s", "fastgen is", "TTFT ms", "TPOT ms"):
+    for name in ("engine", "tokens/s", "fastgen is", "TTFT ms", "TPOT ms", "peak MiB"):
         table.add_column(name, justify="left" if name == "engine" else "right")
     for row in result["engines"]:
+        each = row["all_ttft_ms"] or ([] if row["ttft_ms"] is None else [row["ttft_ms"]])
         table.add_row(
             row["engine"],
             f"{row['tokens_per_s']:.1f}",
             f"{row['fastgen_is_faster_by']:.2f}x",
-            "" if row["ttft_ms"] is None else f"{row['ttft_ms']:.0f}",
+            " / ".join(f"{ms:.0f}" for ms in each),
             "" if row["tpot_ms"] is None else f"{row['tpot_ms']:.1f}",
+            mebibytes(row["peak_rss_bytes"]),
         )
     console.print(table)
     share = result["shares"]
     console.print(
         f"machine: reads {machine['read_gb_per_s']:.1f} GB/s, GEMM "
         f"{machine['gemm_tflop_per_s']:.2f} TFLOP/s; fastgen read weights at "
-        f"{share['read_bandwidth']:.0%} and computed at {share['gemm_rate']:.0%} of that"
+        f"{share['read_bandwidth']:.0%} and computed at {share['gemm_rate']:.0%} of that; "
+        f"{result['engines'][0]['prefix_hit_rate']:.0%} of the tokens let in were cached"
     )
     if result["waste"]:
         by_size = ", ".join(f"{size}: {part:.1%}" for size, part in result["waste"].items())
         console.print(f"cache waste by block size: {by_size}")
+
+
+def show_startup(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(f"{describe(result['setting'])}; {versions(result['setting'])}")
+    table = Table()
+    for name in ("engine", "prepare s", "first token s", "together", "next s", "peak MiB"):
+        table.add_column(name, justify="left" if name == "engine" else "right")
+    for row in result["engines"]:
+        times = [row[name] for name in ("prepare_s", "first_token_s", "total_s", "second_token_s")]
+        cells = [f"{seconds:.2f}" for seconds in times]
+        table.add_row(row["engine"], *cells, mebibytes(row["peak_rss_bytes"]))
+    console.print(table)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Bars of what the workload is about: tokens/s, time to the first token, or start-up."""
+    workload, rows = result["setting"]["workload"], result["engines"]
+    title = f"{describe(result['setting'])}\n{versions(result['setting'])}"
+    match workload:
+        case "startup":
+            unit, bars = "seconds to the first token", [(r["engine"], r["total_s"]) for r in rows]
+        case "prefill":
+            unit = f"milliseconds to the first token (mean of {result['setting']['requests']})"
+            bars = [(row["engine"], row["ttft_ms"]) for row in rows]
+        case _:
+            unit, bars = "output tokens/s", [(r["engine"], r["tokens_per_s"]) for r in rows]
+    plot_bars(title, unit, bars, path)
+    print(f"drawn in {path}", file=sys.stderr)
+
+
+def describe(where: dict[str, Any]) -> str:
+    return (
+        f"{where['model']}, {where['dtype']}, {where['device']} ({where['threads']} threads), "
+        f"workload {where['workload']}"
+    )
+
+
+def versions(where: dict[str, Any]) -> str:
+    return (
+        f"fastgen {where['fastgen']}, torch {where['torch']}, transformers {where['transformers']}"
+    )
+
+
+def mebibytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 2**20:.0f}"

@@ -32,9 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except ImportError as error:
-        if error.name != "rich":
+        extra = {"rich": "cli", "matplotlib": "plot"}.get(error.name or "")
+        if extra is None:
             raise
-        print("this command needs rich: pip install 'torch-fastgen[cli]'", file=sys.stderr)
+        needed = f"pip install 'torch-fastgen[{extra}]'"
+        print(f"this command needs {error.name}: {needed}", file=sys.stderr)
         return 1
     except (FastgenError, OSError, ValueError) as error:
         print(f"fastgen: {error}", file=sys.stderr)

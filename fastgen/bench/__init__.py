@@ -1,0 +1,1 @@
+"""What `fastgen bench` measures: workloads, engines that run them, the machine, parity."""

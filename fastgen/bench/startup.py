@@ -1,0 +1,68 @@
+"""Start-up, measured in fresh processes: from a model in memory to its first token."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .machine import peak_rss_bytes, reset_peak_rss
+
+ENGINES = ("fastgen", "transformers")
+_PROMPT = list(range(1, 33))
+
+
+@dataclass(frozen=True)
+class Startup:
+    """One engine in one fresh process, times in seconds.
+
+    prepare: `optimize` and the engine; first_token: of a prompt of 32 tokens; second_token: the
+    same again with another prompt, when everything is warm.
+    """
+
+    engine: str
+    prepare_s: float
+    first_token_s: float
+    second_token_s: float
+    peak_rss_bytes: int | None
+
+    @property
+    def total_s(self) -> float:
+        return self.prepare_s + self.first_token_s
+
+
+def measure_here(engine: str, model: Any) -> Startup:
+    """Run in the fresh process, whose model is in memory and whose libraries are imported."""
+    reset_peak_rss()
+    start = time.perf_counter()
+    if engine == "fastgen":
+        from .. import api
+
+        api.optimize(model)
+    prepared = time.perf_counter()
+    times = []
+    for shift in (0, 100):
+        ids = torch.tensor([[token + shift for token in _PROMPT]], device=model.device)
+        before = time.perf_counter()
+        model.generate(ids, max_new_tokens=1, do_sample=False)
+        times.append(time.perf_counter() - before)
+    return Startup(engine, prepared - start, times[0], times[1], peak_rss_bytes())
+
+
+def measure_fresh(engine: str, arguments: list[str]) -> Startup:
+    """Start this command again for one engine and read what it prints.
+
+    Raises: ValueError with the child's own words if it fails.
+    """
+    command = [sys.executable, "-m", "fastgen.cli.main", "bench", *arguments]
+    child = subprocess.run(
+        [*command, "--startup-child", engine], capture_output=True, text=True, check=False
+    )
+    if child.returncode:
+        raise ValueError(f"the start-up of {engine} failed: {child.stderr.strip()}")
+    return Startup(**json.loads(child.stdout.splitlines()[-1]))
