@@ -59,8 +59,8 @@ def _mixed(draw: random.Random, vocab_size: int, max_len: int) -> Workload:
 def _prefix(draw: random.Random, vocab_size: int, max_len: int) -> Workload:
     """16 requests that begin with the same 512 tokens, 16 of their own, 32 tokens each."""
     common = _prompt(draw, vocab_size, min(512, max_len // 2))
-    own = min(16, max_len // 4)
-    requests = [(common + _prompt(draw, vocab_size, own), min(32, own * 2)) for _ in range(16)]
+    own, length = min(16, max_len // 4), min(32, max_len // 4)
+    requests = [(common + _prompt(draw, vocab_size, own), length) for _ in range(16)]
     return Workload("prefix", requests)
 
 
