@@ -1,0 +1,212 @@
+// Normalization, rotary embedding and gated activations on the CPU, one pass over memory each.
+//
+// Arithmetic is fp32. Where the reference bodies round to the tensors' dtype, `round` does too, so
+// that bf16 results differ from theirs by the order of one sum at most. Rows are independent and
+// split evenly over the threads. Plain loops: the compiler makes vectors of them.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline float load(float value) { return value; }
+inline float load(bf16 value) {
+  uint32_t bits = uint32_t(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, 4);
+  return result;
+}
+
+// Round to nearest, ties to even; NaN stays NaN.
+inline uint16_t bf16_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return value != value ? 0x7fc0 : uint16_t(rounded);
+}
+inline void store(float* at, float value) { *at = value; }
+inline void store(bf16* at, float value) { at->bits = bf16_bits(value); }
+
+template <typename T>
+inline float round(float value);
+template <>
+inline float round<float>(float value) { return value; }
+template <>
+inline float round<bf16>(float value) { return load(bf16{bf16_bits(value)}); }
+
+// e^x to within 2 units in the last place (Cody and Waite's reduction, a polynomial of degree 6).
+inline float exponential(float x) {
+  x = x < -87.3f ? -87.3f : (x > 88.3f ? 88.3f : x);
+  float n = __builtin_rintf(x * 1.44269504f);
+  float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  uint32_t bits = uint32_t(int32_t(n) + 127) << 23;
+  float scale;
+  std::memcpy(&scale, &bits, 4);
+  return p * scale;
+}
+
+inline float silu(float x) { return x / (1.0f + exponential(-x)); }
+
+inline float gelu_tanh(float x) {
+  float inner = 0.7978845608f * (x + 0.044715f * x * x * x);
+  float t = 1.0f - 2.0f / (exponential(2.0f * inner) + 1.0f);
+  return 0.5f * x * (1.0f + t);
+}
+
+// A tensor of rows: row (i, j) begins at data + i * outer + j * inner.
+template <typename T>
+struct Rows {
+  T* data;
+  int64_t outer, inner;
+  T* at(int64_t i, int64_t j) const { return data + i * outer + j * inner; }
+};
+
+template <typename T>
+void rms_norm(Rows<const T> input, Rows<const T> residual, const T* weight, T* output, T* total,
+              int64_t num_outer, int64_t num_inner, int64_t width, float eps, float weight_offset,
+              bool cast_first, int num_threads) {
+#pragma omp parallel for num_threads(num_threads) schedule(static) if (num_threads > 1)
+  for (int64_t row = 0; row < num_outer * num_inner; ++row) {
+    const T* x = input.at(row / num_inner, row % num_inner);
+    T* out = output + row * width;
+    if (residual.data) {
+      const T* r = residual.at(row / num_inner, row % num_inner);
+      T* sum = total + row * width;
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i) store(sum + i, load(x[i]) + load(r[i]));
+      x = sum;
+    }
+    float squares = 0.0f;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t i = 0; i < width; ++i) squares += load(x[i]) * load(x[i]);
+    float scale = 1.0f / std::sqrt(squares / float(width) + eps);
+    if (!weight) {
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i) store(out + i, load(x[i]) * scale);
+    } else if (cast_first) {
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i)
+        store(out + i, round<T>(load(x[i]) * scale) * load(weight[i]));
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i)
+        store(out + i, load(x[i]) * scale * (load(weight[i]) + weight_offset));
+    }
+  }
+}
+
+// One head of rotary_dim elements; Table is the dtype of cos and sin, and fp32 if either is.
+template <typename T, typename Table>
+void rotate(const T* x, const Table* cos, const Table* sin, T* out, int64_t rotary_dim,
+            int64_t head_dim, bool interleaved) {
+  // Rounding of a product: bf16 only if both factors are.
+  auto r = [](float value) {
+    return sizeof(Table) == sizeof(T) ? round<T>(value) : value;
+  };
+  int64_t half = rotary_dim / 2;
+  if (interleaved) {
+#pragma omp simd
+    for (int64_t i = 0; i < half; ++i) {
+      float a = load(x[2 * i]), b = load(x[2 * i + 1]);
+      store(out + 2 * i, r(a * load(cos[2 * i])) + r(-b * load(sin[2 * i])));
+      store(out + 2 * i + 1, r(b * load(cos[2 * i + 1])) + r(a * load(sin[2 * i + 1])));
+    }
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < half; ++i) {
+      float a = load(x[i]), b = load(x[i + half]);
+      store(out + i, r(a * load(cos[i])) + r(-b * load(sin[i])));
+      store(out + i + half, r(b * load(cos[i + half])) + r(a * load(sin[i + half])));
+    }
+  }
+  std::memcpy(out + rotary_dim, x + rotary_dim, (head_dim - rotary_dim) * sizeof(T));
+}
+
+template <typename T, typename Table>
+void rope(Rows<const T> query, Rows<const T> key, const Table* cos, const Table* sin,
+          int64_t cos_stride, int64_t sin_stride, T* query_out, T* key_out, int64_t num_tokens,
+          int64_t num_heads, int64_t num_kv_heads, int64_t query_dim, int64_t key_dim,
+          int64_t rotary_dim, bool interleaved, int num_threads) {
+#pragma omp parallel for num_threads(num_threads) schedule(static) if (num_threads > 1)
+  for (int64_t token = 0; token < num_tokens; ++token) {
+    const Table *c = cos + token * cos_stride, *s = sin + token * sin_stride;
+    for (int64_t head = 0; head < num_heads; ++head)
+      rotate(query.at(token, head), c, s, query_out + (token * num_heads + head) * query_dim,
+             rotary_dim, query_dim, interleaved);
+    for (int64_t head = 0; head < num_kv_heads; ++head)
+      rotate(key.at(token, head), c, s, key_out + (token * num_kv_heads + head) * key_dim,
+             rotary_dim, key_dim, interleaved);
+  }
+}
+
+template <typename T, float (*activation)(float)>
+void gated(Rows<const T> gate, Rows<const T> up, T* output, int64_t num_outer, int64_t num_inner,
+           int64_t width, int num_threads) {
+#pragma omp parallel for num_threads(num_threads) schedule(static) if (num_threads > 1)
+  for (int64_t row = 0; row < num_outer * num_inner; ++row) {
+    const T* g = gate.at(row / num_inner, row % num_inner);
+    const T* u = up.at(row / num_inner, row % num_inner);
+    T* out = output + row * width;
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i)
+      store(out + i, round<T>(activation(load(g[i]))) * load(u[i]));
+  }
+}
+
+}  // namespace
+
+// The C interface: one function per op and dtype. Strides are in elements.
+#define ELEMENTWISE(T, NAME)                                                                      \
+  extern "C" void rms_norm_##NAME(                                                                \
+      const T* input, int64_t input_outer, int64_t input_inner, const T* residual,                \
+      int64_t residual_outer, int64_t residual_inner, const T* weight, T* output, T* total,       \
+      int64_t num_outer, int64_t num_inner, int64_t width, double eps, double weight_offset,      \
+      int cast_first, int num_threads) {                                                          \
+    rms_norm<T>({input, input_outer, input_inner}, {residual, residual_outer, residual_inner},    \
+                weight, output, total, num_outer, num_inner, width, float(eps),                   \
+                float(weight_offset), cast_first, num_threads);                                   \
+  }                                                                                               \
+  extern "C" void silu_mul_##NAME(const T* gate, int64_t gate_outer, int64_t gate_inner,          \
+                                  const T* up, int64_t up_outer, int64_t up_inner, T* output,     \
+                                  int64_t num_outer, int64_t num_inner, int64_t width,            \
+                                  int num_threads) {                                              \
+    gated<T, silu>({gate, gate_outer, gate_inner}, {up, up_outer, up_inner}, output, num_outer,   \
+                   num_inner, width, num_threads);                                                \
+  }                                                                                               \
+  extern "C" void gelu_tanh_mul_##NAME(const T* gate, int64_t gate_outer, int64_t gate_inner,     \
+                                       const T* up, int64_t up_outer, int64_t up_inner,           \
+                                       T* output, int64_t num_outer, int64_t num_inner,           \
+                                       int64_t width, int num_threads) {                          \
+    gated<T, gelu_tanh>({gate, gate_outer, gate_inner}, {up, up_outer, up_inner}, output,         \
+                        num_outer, num_inner, width, num_threads);                                \
+  }
+
+#define ROPE(T, NAME, TABLE, TABLE_NAME)                                                          \
+  extern "C" void rope_##NAME##_##TABLE_NAME(                                                     \
+      const T* query, int64_t query_outer, int64_t query_inner, const T* key, int64_t key_outer,  \
+      int64_t key_inner, const TABLE* cos, int64_t cos_stride, const TABLE* sin,                  \
+      int64_t sin_stride, T* query_out, T* key_out, int64_t num_tokens, int64_t num_heads,        \
+      int64_t num_kv_heads, int64_t query_dim, int64_t key_dim, int64_t rotary_dim,               \
+      int interleaved, int num_threads) {                                                         \
+    rope<T, TABLE>({query, query_outer, query_inner}, {key, key_outer, key_inner}, cos, sin,      \
+                   cos_stride, sin_stride, query_out, key_out, num_tokens, num_heads,             \
+                   num_kv_heads, query_dim, key_dim, rotary_dim, interleaved, num_threads);       \
+  }
+
+ELEMENTWISE(float, float32)
+ELEMENTWISE(bf16, bfloat16)
+ROPE(float, float32, float, float32)
+ROPE(bf16, bfloat16, bf16, bfloat16)
+ROPE(bf16, bfloat16, float, float32)
