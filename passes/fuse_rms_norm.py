@@ -1,4 +1,4 @@
-"""fuse_rms_norm: a spelled out RMSNorm -> `fastgen::rms_norm`, with its sum `fastgen::add_rms_norm`.
+"""fuse_rms_norm: a spelled out RMSNorm -> `fastgen::rms_norm`, or `fastgen::add_rms_norm`.
 
     x * rsqrt(mean(x^2, -1) + eps), rounded, times a weight, in the orders and rounding points that
     the op knows; a + b = x that is normalized becomes part of the op and its second output.
@@ -71,7 +71,7 @@ def fuse_rms_norm(captured: CapturedGraph) -> PassReport:
 
 
 def _is_square(node: object) -> bool:
-    return calls(node, aten.pow.Tensor_Scalar) and node.args[1] == 2
+    return calls(node, aten.pow.Tensor_Scalar) and node.args[1] in (2, 2.0)
 
 
 def _match(mean: fx.Node) -> _Norm | str:

@@ -310,9 +310,7 @@ def _rotations_behind(argument: Any, rotations: dict[fx.Node, _Rotation]) -> lis
     return list(found.values())
 
 
-def _refusal(
-    query: list[_Rotation], key: list[_Rotation], order: dict[fx.Node, int]
-) -> str | None:
+def _refusal(query: list[_Rotation], key: list[_Rotation], order: dict[fx.Node, int]) -> str | None:
     """Why the rotations of an attention's query and key cannot become one op, or None."""
     if len(query) != 1 or len(key) != 1:
         return f"{len(query)} rotations behind the query, {len(key)} behind the key, not one each"
@@ -362,22 +360,24 @@ def _fuse(
         )
         fused.meta = {**query.output.meta, "val": tuple(map(_new_like, inputs))}
         for index, rotation in enumerate((query, key)):
-            rotated = _call(graph, operator.getitem, fused, index)
-            heads_first = _call(graph, aten.transpose.int, rotated, 0, 1)
-            back = _call(graph, aten.unsqueeze.default, heads_first, 0)
-            for node, value in ((rotated, rotated), (heads_first, heads_first), (back, back)):
-                node.meta = {**rotation.output.meta, "val": value_of(value)}
-            rotation.output.replace_all_uses_with(back)
-            _skip_the_way_back(back, rotated)
+            rotated = graph.call_function(operator.getitem, (fused, index))
+            rotated.meta = {**rotation.output.meta, "val": fused.meta["val"][index]}
+            _replace(graph, rotation.output, rotated)
 
 
-def _skip_the_way_back(back: fx.Node, rotated: fx.Node) -> None:
-    """Whoever turns [1, heads, tokens, width] into [tokens, heads, width] takes it as it is."""
-    for chosen in back.users:
+def _replace(graph: fx.Graph, heads: fx.Node, rotated: fx.Node) -> None:
+    """[num_tokens, num_heads, head_dim] for who turned it so, or turned back for anybody else."""
+    for chosen in list(heads.users):
         if calls(chosen, aten.select.int) and chosen.args[1:] == (0, 0):
             for turned in list(chosen.users):
                 if calls(turned, aten.transpose.int) and turned.args[1:] == (0, 1):
                     turned.replace_all_uses_with(rotated)
+                    graph.erase_node(turned)
+            if not chosen.users:
+                graph.erase_node(chosen)
+    if heads.users:
+        back = _call(graph, aten.transpose.int, rotated, 0, 1)
+        heads.replace_all_uses_with(_call(graph, aten.unsqueeze.default, back, 0))
 
 
 def _tokens_first(graph: fx.Graph, heads: fx.Node) -> fx.Node:
