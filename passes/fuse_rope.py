@@ -113,7 +113,7 @@ def _match(node: fx.Node, order: dict[fx.Node, int]) -> _Rotation | str | None:
         return heart
     source, total = heart.source, heart.total
     narrow = cast_source(source)
-    upcast = narrow is not None and value_of(narrow).dtype != value_of(source).dtype
+    upcast = narrow is not None and value_of(narrow).itemsize < value_of(source).itemsize
     if upcast and set(source.users) - set(heart.reads):
         return f"{source.name}, the cast input, is read by others too"
     input = narrow if upcast and narrow is not None else source
