@@ -60,7 +60,7 @@ def rms_norm(
         weight: [hidden_size], the input's dtype, or None.
         eps: Added to the mean square. weight_offset: Added to the weight in fp32.
         cast_first: Round to the input's dtype before the weight is multiplied, too.
-    Returns: shape and dtype of input, strides of `torch.empty_like(input)`.
+    Returns: shape and dtype of input, laid out as `torch.empty_like(input)`.
     Raises: ValueError if the weight does not fit, or an offset comes with cast_first.
     Numerics: fp32; rounded where cast_first says, and at the end.
     """
@@ -103,7 +103,7 @@ def add_rms_norm(
         input, residual: [..., hidden_size] of one dtype, fp16/bf16/fp32, any strides.
         weight, eps, weight_offset, cast_first: as in `rms_norm`.
     Returns: (rms_norm(total), total) with total = input + residual, rounded to their dtype; both
-        with the strides of `torch.empty_like(input)`.
+        laid out as `torch.empty_like(input)`.
     Raises: ValueError if shapes or dtypes do not fit.
     Numerics: the sum is rounded before it is normalized; then as `rms_norm`.
     """
