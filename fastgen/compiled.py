@@ -124,4 +124,6 @@ def choose_kernels(graph: CapturedGraph) -> dict[str, dict[str, Any]]:
 def _call_site(node: fx.Node) -> kernels.CallSite:
     names = [argument.name for argument in node.target._schema.arguments]  # pyright: ignore
     values = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in node.args]
-    return kernels.CallSite(node.meta["val"].device, dict(zip(names, values, strict=True)))
+    result = node.meta["val"]
+    first = result[0] if isinstance(result, tuple) else result
+    return kernels.CallSite(first.device, dict(zip(names, values, strict=True)))

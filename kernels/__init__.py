@@ -7,17 +7,25 @@ same, and transformers probes for it: there it is an empty module that looks uni
 
 if __name__ == "fastgen.kernels":
     from .attention import attention
+    from .gated_activation import gelu_mul, silu_mul
     from .paged_attention import paged_attention
     from .registry import CallSite, Choice, Implementation, implementations, select
+    from .rms_norm import add_rms_norm, rms_norm
+    from .rope import rope
 
     __all__ = [
         "CallSite",
         "Choice",
         "Implementation",
+        "add_rms_norm",
         "attention",
+        "gelu_mul",
         "implementations",
         "paged_attention",
+        "rms_norm",
+        "rope",
         "select",
+        "silu_mul",
     ]
 else:
     __path__ = []  # no submodule is found: a second copy would register the ops again

@@ -33,7 +33,7 @@ class Implementation:
 
     op: str
     name: str
-    function: Callable[..., torch.Tensor]
+    function: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
     refuses: Callable[[CallSite], str | None]
 
 
@@ -58,7 +58,7 @@ def schema_argument_names(op: str) -> list[str]:
 def register(
     op: str,
     name: str,
-    function: Callable[..., torch.Tensor],
+    function: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]],
     refuses: Callable[[CallSite], str | None] = lambda call: None,
 ) -> None:
     """Add an implementation of `op`; the last one registered is asked first.

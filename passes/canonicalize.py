@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from .graph import CapturedGraph
+from .pattern import mutates
 from .report import PassReport
 
 aten = torch.ops.aten
@@ -25,14 +26,14 @@ def canonicalize(captured: CapturedGraph) -> PassReport:
             report.matches += _inline_region(captured.module, node)
         graph.eliminate_dead_code()
         captured.module.delete_all_unused_submodules()
-    mutates = any(map(_mutates, graph.nodes))
+    any_writes = any(map(mutates, graph.nodes))
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
         if node.target is aten._assert_tensor_metadata.default:
             graph.erase_node(node)
             report.matches += 1
-        elif (same := _identity_of(node)) is not None and not (_is_copy(node) and mutates):
+        elif (same := _identity_of(node)) is not None and not (_is_copy(node) and any_writes):
             node.replace_all_uses_with(same)
             graph.erase_node(node)
             report.matches += 1
@@ -106,11 +107,6 @@ def _identity_of(node: fx.Node) -> fx.Node | None:
         case aten.alias.default | aten.detach.default:
             return source
     return None
-
-
-def _mutates(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
 
 
 def _is_copy(node: fx.Node) -> bool:

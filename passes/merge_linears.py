@@ -4,39 +4,50 @@
     gate and up of one product act(gate) * up -> one linear, two slices
 
 Members are found from their consumer, never as siblings: routers, parallel blocks and adapters
-share inputs too. Required: exactly one linear on the way to each of q, k, v; the same input;
-weights of one dtype and device, none tied, parametrised or sharing storage; all with a bias or
-none. The merged weight is a `MergePlan`: the live model's parameters become views of it.
+share inputs too. They are the linears behind q, k and v (gate and up), one each, that read the one
+input common to all; what LoRA adds to them on the way stays as it is. Required: weights of one
+dtype and device, none tied, parametrised or sharing storage; all with a bias or none. The merged
+weight is a `MergePlan`: the live model's parameters become views of it.
 Numerics: the same products and sums; a GEMM of another width may round them in another order.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
 from .graph import CapturedGraph, InputSpec, MergePlan
+from .pattern import aten, calls, cast_source, mutation_between
 from .report import PassReport
 
-aten = torch.ops.aten
+_ATTENTION = torch.ops.fastgen.attention.default
 _ACTIVATIONS = (aten.silu.default, aten.gelu.default, aten.relu.default)
+# What a value can come from other than a linear; Conv1D, which keeps its weight transposed, is one.
+_OTHER_PRODUCTS = (
+    aten.addmm.default,
+    aten.mm.default,
+    aten.bmm.default,
+    aten.matmul.default,
+    aten._grouped_mm.default,
+)
 
 
 def merge_linears(captured: CapturedGraph) -> PassReport:
     report = PassReport("merge_linears")
     for node in list(captured.graph.nodes):
-        if node.op != "call_function":
+        if node.target is _ATTENTION:
+            roles = dict(zip(("query", "key", "value"), node.args[:3], strict=True))
+            members, why = _members({role: _products_behind(roles[role]) for role in roles})
+        elif (gate_and_up := _gate_and_up(node)) is not None:
+            members, why = _members(gate_and_up)
+        else:
             continue
-        members: list[fx.Node] | None = None
-        if node.target is torch.ops.fastgen.attention.default:
-            members = _attention_members(node, report)
-        elif node.target is aten.mul.Tensor:
-            members = _product_members(node)
-        if members is None:
-            continue
-        why = _refusal(captured, members)
+        members.sort(key=_order(captured.graph).__getitem__)
+        why = why or _refusal(captured, members)
         if why is None:
-            _merge(captured, node, members)
+            _merge(captured, members)
             report.matches += 1
         else:
             report.refuse(node.name, why)
@@ -45,50 +56,68 @@ def merge_linears(captured: CapturedGraph) -> PassReport:
     return report
 
 
-def _attention_members(node: fx.Node, report: PassReport) -> list[fx.Node] | None:
-    """The one linear behind each of q, k and v, or None with the reason in the report."""
+def _members(roles: dict[str, set[fx.Node]]) -> tuple[list[fx.Node], str | None]:
+    """One linear per role, all of the same input; or none, and why."""
+    inputs = []
+    for role, products in roles.items():
+        linears = [node for node in products if _is_linear(node)]
+        if not linears:
+            others = "".join(sorted({f", but {node.target}" for node in products}))
+            return [], f"no linear feeds the {role}{others}"
+        inputs.append({linear.args[0] for linear in linears})
+    common = set.intersection(*inputs)
+    if not common:
+        return [], "the linears read different inputs"
     members = []
-    for name, argument in zip(("query", "key", "value"), node.args[:3], strict=True):
-        linears = _linears_behind(argument)  # pyright: ignore
-        if len(linears) != 1:
-            report.refuse(node.name, f"{len(linears)} linears feed the {name}, not one")
-            return None
-        members.append(linears.pop())
+    for role, products in roles.items():
+        found = [node for node in products if _is_linear(node) and node.args[0] in common]
+        if len(found) > 1:
+            return [], f"{len(found)} linears of the shared input feed the {role}, not one"
+        members += found
     if len(set(members)) == 1:
-        report.refuse(node.name, "q, k and v come from one linear already")
-        return None
-    if len(set(members)) < 3:
-        report.refuse(node.name, "two of q, k, v come from the same linear")
-        return None
-    return members
+        return [], f"{', '.join(roles)} come from one linear already"
+    if len(set(members)) < len(members):
+        return [], f"two of {', '.join(roles)} come from the same linear"
+    return members, None
 
 
-def _linears_behind(node: fx.Node) -> set[fx.Node]:
-    """The nearest linears that a value is computed from."""
-    found, seen, stack = set(), set(), [node]
+def _products_behind(argument: Any) -> set[fx.Node]:
+    """The nearest linears and other matrix products that a value is computed from."""
+    found, seen, stack = set(), set(), [argument]
     while stack:
         current = stack.pop()
         if current in seen:
             continue
         seen.add(current)
-        if current.op != "call_function":
-            continue
-        if current.target is aten.linear.default:
+        if _is_linear(current) or current.target in _OTHER_PRODUCTS:
             found.add(current)
-        elif current.target is not torch.ops.fastgen.attention.default:
+        elif current.target is not _ATTENTION:
             stack.extend(current.all_input_nodes)
     return found
 
 
-def _product_members(node: fx.Node) -> list[fx.Node] | None:
-    """gate and up of act(gate) * up in either order, or None if the product is another one."""
-    if len(node.args) != 2 or not all(isinstance(arg, fx.Node) for arg in node.args):
+def _gate_and_up(node: fx.Node) -> dict[str, set[fx.Node]] | None:
+    """The linears behind gate and up of act(gate) * up, or None if the product is another one."""
+    if node.target is not aten.mul.Tensor or len(node.args) != 2:
         return None
     for activated, up in (node.args, node.args[::-1]):
-        gate = activated.args[0] if activated.target in _ACTIVATIONS else None  # pyright: ignore
-        if _is_linear(gate) and _is_linear(up) and gate is not up:
-            return [gate, up]  # pyright: ignore
+        if isinstance(activated, fx.Node) and activated.target in _ACTIVATIONS:
+            roles = {"gate": _linears_in_sum(activated.args[0]), "up": _linears_in_sum(up)}
+            if all(roles.values()) and not roles["gate"] & roles["up"]:
+                return roles
     return None
+
+
+def _linears_in_sum(node: object) -> set[fx.Node]:
+    """The linears that a value is, or is a sum of: a layer and its adapters."""
+    if _is_linear(node):
+        return {node}  # pyright: ignore
+    if calls(node, aten.add.Tensor):
+        return set().union(*map(_linears_in_sum, node.args))
+    if calls(node, aten.mul.Tensor) and isinstance(node.args[1], float | int):
+        return _linears_in_sum(node.args[0])
+    source = cast_source(node)
+    return set() if source is None else _linears_in_sum(source)
 
 
 def _is_linear(node: object) -> bool:
@@ -104,9 +133,7 @@ def _weights(captured: CapturedGraph, linear: fx.Node) -> list[tuple[fx.Node, In
 
 
 def _refusal(captured: CapturedGraph, members: list[fx.Node]) -> str | None:
-    """Why these linears must not be merged, or None."""
-    if any(member.args[0] is not members[0].args[0] for member in members):
-        return "the linears read different inputs"
+    """Why these linears, in the graph's order, must not be merged, or None."""
     if len({len(_weights(captured, member)) for member in members}) > 1:
         return "some linears have a bias and some have none"
     values = []
@@ -121,12 +148,11 @@ def _refusal(captured: CapturedGraph, members: list[fx.Node]) -> str | None:
             values.append(node.meta["val"])
     if len({(value.dtype, value.device) for value in values}) > 1:
         return "the weights differ in dtype or device"
-    return None
+    return mutation_between(members[0], members[-1])
 
 
-def _merge(captured: CapturedGraph, consumer: fx.Node, members: list[fx.Node]) -> None:
+def _merge(captured: CapturedGraph, members: list[fx.Node]) -> None:
     graph = captured.graph
-    members = sorted(members, key=_order(graph).__getitem__)
     merged_inputs = []
     for position in range(1, 1 + len(_weights(captured, members[0]))):
         nodes: list[fx.Node] = [member.args[position] for member in members]  # pyright: ignore

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from .canonicalize import canonicalize
+from .fuse_gated_activation import fuse_gated_activation
+from .fuse_rms_norm import fuse_rms_norm
+from .fuse_rope import fuse_rope
 from .graph import CapturedGraph, fake_mode_of
 from .insert_paged_cache import insert_paged_cache
 from .merge_linears import merge_linears
@@ -40,6 +43,9 @@ class Pass:
 PASSES: tuple[Pass, ...] = (
     Pass(canonicalize, required=True),
     Pass(merge_linears),
+    Pass(fuse_rms_norm),
+    Pass(fuse_rope),
+    Pass(fuse_gated_activation),
     Pass(insert_paged_cache, required=True),
 )
 

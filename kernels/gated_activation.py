@@ -1,0 +1,77 @@
+"""The product in a gated feed-forward layer: act(gate) * up.
+
+    silu_mul: gate * sigmoid(gate) * up
+    gelu_mul: gate * Phi(gate) * up, Phi the normal distribution or its tanh approximation
+
+Source: Shazeer 2020, arXiv:2002.05202 (SwiGLU, GEGLU); GELU: Hendrycks and Gimpel 2016,
+arXiv:1606.08415.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .registry import register
+
+
+def silu_mul_reference(gate, up):
+    return (F.silu(gate) * up).contiguous()
+
+
+def gelu_mul_reference(gate, up, tanh):
+    return (F.gelu(gate, approximate="tanh" if tanh else "none") * up).contiguous()
+
+
+def check_gate(gate: torch.Tensor, up: torch.Tensor) -> None:
+    """Raise ValueError unless the two have one shape and dtype."""
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise ValueError(
+            "gate and up must have one shape and dtype, got "
+            f"{list(gate.shape)} {gate.dtype} and {list(up.shape)} {up.dtype}"
+        )
+
+
+@torch.library.custom_op("fastgen::silu_mul", mutates_args=())
+def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up.
+
+    Args:
+        gate, up: [..., intermediate_size] of one dtype, fp16/bf16/fp32, any strides (they may be
+            the halves of one tensor).
+    Returns: their shape and dtype, contiguous.
+    Raises: ValueError if shapes or dtypes differ.
+    Numerics: the activation in fp32, rounded to the dtype; then the product, rounded.
+    """
+    check_gate(gate, up)
+    return silu_mul_reference(gate, up)
+
+
+@torch.library.custom_op("fastgen::gelu_mul", mutates_args=())
+def gelu_mul(gate: torch.Tensor, up: torch.Tensor, tanh: bool) -> torch.Tensor:
+    """gelu(gate) * up.
+
+    Args:
+        gate, up: as in `silu_mul`. tanh: The tanh approximation of GELU.
+    Returns: their shape and dtype, contiguous.
+    Raises: ValueError if shapes or dtypes differ.
+    Numerics: as `silu_mul`.
+    """
+    check_gate(gate, up)
+    return gelu_mul_reference(gate, up, tanh)
+
+
+@silu_mul.register_fake
+def _(gate, up):
+    check_gate(gate, up)
+    return gate.new_empty(gate.shape)
+
+
+@gelu_mul.register_fake
+def _(gate, up, tanh):
+    check_gate(gate, up)
+    return gate.new_empty(gate.shape)
+
+
+register("fastgen::silu_mul", "reference", silu_mul_reference)
+register("fastgen::gelu_mul", "reference", gelu_mul_reference)

@@ -1,0 +1,98 @@
+"""Rotary position embedding: pairs of a head's first `rotary_dim` elements are rotated.
+
+    (a, b) -> (a cos - b sin, b cos + a sin)
+
+Pairs are (i, i + rotary_dim / 2), or the neighbours (2i, 2i + 1) if interleaved; what comes after
+`rotary_dim` passes unchanged. Source: Su et al. 2021, arXiv:2104.09864 (interleaved); pairs of
+halves: Black et al. 2022, arXiv:2204.06745.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .registry import register
+
+
+def rotate_reference(
+    heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+) -> torch.Tensor:
+    """[num_tokens, num_heads, head_dim], rotated by [num_tokens, rotary_dim] tables."""
+    rotary_dim = cos.shape[-1]
+    rotary, rest = heads[..., :rotary_dim], heads[..., rotary_dim:]
+    if interleaved:
+        turned = torch.stack((-rotary[..., 1::2], rotary[..., ::2]), dim=-1).flatten(-2)
+    else:
+        first, second = rotary.chunk(2, dim=-1)
+        turned = torch.cat((-second, first), dim=-1)
+    rotated = (rotary * cos.unsqueeze(1) + turned * sin.unsqueeze(1)).to(heads.dtype)
+    if rotary_dim == heads.shape[-1]:
+        return rotated.contiguous()
+    return torch.cat((rotated, rest), dim=-1)
+
+
+def rope_reference(query, key, cos, sin, interleaved):
+    return (
+        rotate_reference(query, cos, sin, interleaved),
+        rotate_reference(key, cos, sin, interleaved),
+    )
+
+
+def check_tables(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> None:
+    """Raise ValueError unless q, k, cos and sin fit each other."""
+    if (
+        cos.dim() != 2
+        or cos.shape != sin.shape
+        or cos.shape[0] != query.shape[0]
+        or cos.shape[0] != key.shape[0]
+    ):
+        raise ValueError(
+            "cos and sin must be [num_tokens, rotary_dim] with the tokens of query and key, got "
+            f"{list(cos.shape)} and {list(sin.shape)} for {query.shape[0]} and {key.shape[0]}"
+        )
+    if cos.shape[1] % 2 or cos.shape[1] > min(query.shape[2], key.shape[2]):
+        raise ValueError(
+            f"rotary_dim must be even and at most head_dim, got {cos.shape[1]} for "
+            f"{query.shape[2]} and {key.shape[2]}"
+        )
+    if query.dtype != key.dtype or cos.dtype != sin.dtype:
+        raise ValueError(
+            "query and key must have one dtype, and cos and sin one, got "
+            f"{query.dtype}, {key.dtype}, {cos.dtype} and {sin.dtype}"
+        )
+
+
+@torch.library.custom_op("fastgen::rope", mutates_args=())
+def rope(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    interleaved: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate query and key by the angles of their tokens.
+
+    Args:
+        query: [num_tokens, num_heads, head_dim], fp16/bf16/fp32, any strides.
+        key: [num_tokens, num_kv_heads, head_dim], the same dtype.
+        cos, sin: [num_tokens, rotary_dim], rotary_dim <= head_dim; an angle for every element, so
+            that both elements of a pair are given theirs.
+        interleaved: Pairs are neighbours, not halves.
+    Returns: query and key, rotated, contiguous, in their dtype.
+    Raises: ValueError if the shapes or dtypes do not fit.
+    Numerics: in the promoted dtype of query and cos, rounded after each product and the sum:
+        fp32 tables make it fp32 throughout, rounded once at the end.
+    """
+    check_tables(query, key, cos, sin)
+    return rope_reference(query, key, cos, sin, interleaved)
+
+
+@rope.register_fake
+def _(query, key, cos, sin, interleaved):
+    check_tables(query, key, cos, sin)
+    return query.new_empty(query.shape), key.new_empty(key.shape)
+
+
+register("fastgen::rope", "reference", rope_reference)
