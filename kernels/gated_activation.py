@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .registry import register
+from . import cpu
+from .registry import CallSite, register
 
 
 def silu_mul_reference(gate, up):
@@ -73,5 +74,42 @@ def _(gate, up, tanh):
     return gate.new_empty(gate.shape)
 
 
+def _gated_cpu(name: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    output = gate.new_empty(gate.shape)
+    rows = cpu.rows_of(gate, up, output)
+    if rows is None:
+        return _gated_cpu(name, gate.contiguous(), up.contiguous())
+    outer, inner, strides = rows
+    cpu.function(f"{name}_{cpu.name_of(gate)}", "piipiipiiiiib")(
+        gate.data_ptr(),
+        *strides[0],
+        up.data_ptr(),
+        *strides[1],
+        output.data_ptr(),
+        *strides[2],
+        outer,
+        inner,
+        gate.shape[-1],
+        torch.get_num_threads(),
+    )
+    return output
+
+
+def silu_mul_cpu(gate, up):
+    return _gated_cpu("silu_mul", gate, up)
+
+
+def gelu_mul_cpu(gate, up, tanh):
+    return _gated_cpu("gelu_tanh_mul", gate, up)
+
+
+def cpu_refuses(call: CallSite) -> str | None:
+    if call.args.get("tanh") is False:
+        return "the exact GELU needs erf"
+    return cpu.refuses(call, "gate")
+
+
 register("fastgen::silu_mul", "reference", silu_mul_reference)
+register("fastgen::silu_mul", "cpu", silu_mul_cpu, cpu_refuses)
 register("fastgen::gelu_mul", "reference", gelu_mul_reference)
+register("fastgen::gelu_mul", "cpu", gelu_mul_cpu, cpu_refuses)

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import torch
 
-from .registry import register
+from . import cpu
+from .registry import CallSite, register
 
 
 def rms_norm_reference(input, weight, eps, weight_offset, cast_first):
@@ -119,5 +120,54 @@ def _(input, residual, weight, eps, weight_offset, cast_first):
     return torch.empty_like(input), torch.empty_like(input)
 
 
+def rms_norm_cpu(input, weight, eps, weight_offset, cast_first):
+    return _norm_cpu(input, None, weight, eps, weight_offset, cast_first)[0]
+
+
+def add_rms_norm_cpu(input, residual, weight, eps, weight_offset, cast_first):
+    return _norm_cpu(input, residual, weight, eps, weight_offset, cast_first)
+
+
+def _norm_cpu(input, residual, weight, eps, weight_offset, cast_first):
+    """The output and, with a residual, the sum."""
+    output = torch.empty_like(input)
+    second = input if residual is None else residual
+    total = output if residual is None else torch.empty_like(input)
+    rows = cpu.rows_of(input, second, output, total)
+    if rows is None:
+        rest = None if residual is None else residual.contiguous()
+        made = _norm_cpu(input.contiguous(), rest, weight, eps, weight_offset, cast_first)
+        return output.copy_(made[0]), total.copy_(made[1])
+    outer, inner, strides = rows
+    cpu.function(f"rms_norm_{cpu.name_of(input)}", "piipiippiipiiiiiddbb")(
+        input.data_ptr(),
+        *strides[0],
+        None if residual is None else residual.data_ptr(),
+        *strides[1],
+        None if weight is None else weight.data_ptr(),
+        output.data_ptr(),
+        *strides[2],
+        total.data_ptr(),
+        *strides[3],
+        outer,
+        inner,
+        input.shape[-1],
+        eps,
+        weight_offset,
+        cast_first,
+        torch.get_num_threads(),
+    )
+    return output, total
+
+
+def cpu_refuses(call: CallSite) -> str | None:
+    weight = call.args["weight"]
+    if weight is not None and not weight.is_contiguous():
+        return "the weight is not contiguous"
+    return cpu.refuses(call, "input")
+
+
 register("fastgen::rms_norm", "reference", rms_norm_reference)
+register("fastgen::rms_norm", "cpu", rms_norm_cpu, cpu_refuses)
 register("fastgen::add_rms_norm", "reference", add_rms_norm_reference)
+register("fastgen::add_rms_norm", "cpu", add_rms_norm_cpu, cpu_refuses)

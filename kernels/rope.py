@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import torch
 
-from .registry import register
+from . import cpu
+from .registry import CallSite, register
 
 
 def rotate_reference(
@@ -95,4 +96,44 @@ def _(query, key, cos, sin, interleaved):
     return query.new_empty(query.shape), key.new_empty(key.shape)
 
 
+def rope_cpu(query, key, cos, sin, interleaved):
+    query, key = _heads(query), _heads(key)
+    cos, sin = _heads(cos), _heads(sin)
+    rotated = query.new_empty(query.shape), key.new_empty(key.shape)
+    cpu.function(f"rope_{cpu.name_of(query)}_{cpu.name_of(cos)}", "piipiipipippiiiiiibb")(
+        query.data_ptr(),
+        *query.stride()[:2],
+        key.data_ptr(),
+        *key.stride()[:2],
+        cos.data_ptr(),
+        cos.stride(0),
+        sin.data_ptr(),
+        sin.stride(0),
+        rotated[0].data_ptr(),
+        rotated[1].data_ptr(),
+        query.shape[0],
+        query.shape[1],
+        key.shape[1],
+        query.shape[2],
+        key.shape[2],
+        cos.shape[1],
+        interleaved,
+        torch.get_num_threads(),
+    )
+    return rotated
+
+
+def _heads(tensor: torch.Tensor) -> torch.Tensor:
+    """Elements of a head must be neighbours; tokens and heads may lie anywhere."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def cpu_refuses(call: CallSite) -> str | None:
+    dtypes = call.args["query"].dtype, call.args["cos"].dtype
+    if dtypes == (torch.float32, torch.bfloat16):
+        return "query is float32, cos is bfloat16"
+    return cpu.refuses(call, "query", "cos")
+
+
 register("fastgen::rope", "reference", rope_reference)
+register("fastgen::rope", "cpu", rope_cpu, cpu_refuses)

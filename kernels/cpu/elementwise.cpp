@@ -43,14 +43,14 @@ inline float round<bf16>(float value) { return load(bf16{bf16_bits(value)}); }
 inline float exponential(float x) {
   x = x < -87.3f ? -87.3f : (x > 88.3f ? 88.3f : x);
   float n = __builtin_rintf(x * 1.44269504f);
-  float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  float r = __builtin_fmaf(n, 2.12194440e-4f, __builtin_fmaf(n, -0.693359375f, x));
   float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
+  p = __builtin_fmaf(p, r, 1.3981999507e-3f);
+  p = __builtin_fmaf(p, r, 8.3334519073e-3f);
+  p = __builtin_fmaf(p, r, 4.1665795894e-2f);
+  p = __builtin_fmaf(p, r, 1.6666665459e-1f);
+  p = __builtin_fmaf(p, r, 5.0000001201e-1f);
+  p = __builtin_fmaf(p * r, r, r + 1.0f);
   uint32_t bits = uint32_t(int32_t(n) + 127) << 23;
   float scale;
   std::memcpy(&scale, &bits, 4);
@@ -74,35 +74,36 @@ struct Rows {
 };
 
 template <typename T>
-void rms_norm(Rows<const T> input, Rows<const T> residual, const T* weight, T* output, T* total,
-              int64_t num_outer, int64_t num_inner, int64_t width, float eps, float weight_offset,
+void rms_norm(Rows<const T> input, Rows<const T> residual, const T* weight, Rows<T> output,
+              Rows<T> total, int64_t num_outer, int64_t num_inner, int64_t width, float eps, float weight_offset,
               bool cast_first, int num_threads) {
 #pragma omp parallel for num_threads(num_threads) schedule(static) if (num_threads > 1)
   for (int64_t row = 0; row < num_outer * num_inner; ++row) {
-    const T* x = input.at(row / num_inner, row % num_inner);
-    T* out = output + row * width;
+    int64_t i = row / num_inner, j = row % num_inner;
+    const T* x = input.at(i, j);
+    T* out = output.at(i, j);
     if (residual.data) {
-      const T* r = residual.at(row / num_inner, row % num_inner);
-      T* sum = total + row * width;
+      const T* r = residual.at(i, j);
+      T* sum = total.at(i, j);
 #pragma omp simd
-      for (int64_t i = 0; i < width; ++i) store(sum + i, load(x[i]) + load(r[i]));
+      for (int64_t k = 0; k < width; ++k) store(sum + k, load(x[k]) + load(r[k]));
       x = sum;
     }
     float squares = 0.0f;
 #pragma omp simd reduction(+ : squares)
-    for (int64_t i = 0; i < width; ++i) squares += load(x[i]) * load(x[i]);
+    for (int64_t k = 0; k < width; ++k) squares += load(x[k]) * load(x[k]);
     float scale = 1.0f / std::sqrt(squares / float(width) + eps);
     if (!weight) {
 #pragma omp simd
-      for (int64_t i = 0; i < width; ++i) store(out + i, load(x[i]) * scale);
+      for (int64_t k = 0; k < width; ++k) store(out + k, load(x[k]) * scale);
     } else if (cast_first) {
 #pragma omp simd
-      for (int64_t i = 0; i < width; ++i)
-        store(out + i, round<T>(load(x[i]) * scale) * load(weight[i]));
+      for (int64_t k = 0; k < width; ++k)
+        store(out + k, round<T>(load(x[k]) * scale) * load(weight[k]));
     } else {
 #pragma omp simd
-      for (int64_t i = 0; i < width; ++i)
-        store(out + i, load(x[i]) * scale * (load(weight[i]) + weight_offset));
+      for (int64_t k = 0; k < width; ++k)
+        store(out + k, load(x[k]) * scale * (load(weight[k]) + weight_offset));
     }
   }
 }
@@ -152,13 +153,13 @@ void rope(Rows<const T> query, Rows<const T> key, const Table* cos, const Table*
 }
 
 template <typename T, float (*activation)(float)>
-void gated(Rows<const T> gate, Rows<const T> up, T* output, int64_t num_outer, int64_t num_inner,
-           int64_t width, int num_threads) {
+void gated(Rows<const T> gate, Rows<const T> up, Rows<T> output, int64_t num_outer,
+           int64_t num_inner, int64_t width, int num_threads) {
 #pragma omp parallel for num_threads(num_threads) schedule(static) if (num_threads > 1)
   for (int64_t row = 0; row < num_outer * num_inner; ++row) {
     const T* g = gate.at(row / num_inner, row % num_inner);
     const T* u = up.at(row / num_inner, row % num_inner);
-    T* out = output + row * width;
+    T* out = output.at(row / num_inner, row % num_inner);
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i)
       store(out + i, round<T>(activation(load(g[i]))) * load(u[i]));
@@ -168,30 +169,30 @@ void gated(Rows<const T> gate, Rows<const T> up, T* output, int64_t num_outer, i
 }  // namespace
 
 // The C interface: one function per op and dtype. Strides are in elements.
+#define GATED(T, NAME, ACTIVATION)                                                                \
+  extern "C" void ACTIVATION##_mul_##NAME(                                                        \
+      const T* gate, int64_t gate_outer, int64_t gate_inner, const T* up, int64_t up_outer,       \
+      int64_t up_inner, T* output, int64_t output_outer, int64_t output_inner, int64_t num_outer, \
+      int64_t num_inner, int64_t width, int num_threads) {                                        \
+    gated<T, ACTIVATION>({gate, gate_outer, gate_inner}, {up, up_outer, up_inner},                \
+                         {output, output_outer, output_inner}, num_outer, num_inner, width,       \
+                         num_threads);                                                            \
+  }
+
 #define ELEMENTWISE(T, NAME)                                                                      \
   extern "C" void rms_norm_##NAME(                                                                \
       const T* input, int64_t input_outer, int64_t input_inner, const T* residual,                \
-      int64_t residual_outer, int64_t residual_inner, const T* weight, T* output, T* total,       \
-      int64_t num_outer, int64_t num_inner, int64_t width, double eps, double weight_offset,      \
-      int cast_first, int num_threads) {                                                          \
+      int64_t residual_outer, int64_t residual_inner, const T* weight, T* output,                 \
+      int64_t output_outer, int64_t output_inner, T* total, int64_t total_outer,                  \
+      int64_t total_inner, int64_t num_outer, int64_t num_inner, int64_t width, double eps,       \
+      double weight_offset, int cast_first, int num_threads) {                                    \
     rms_norm<T>({input, input_outer, input_inner}, {residual, residual_outer, residual_inner},    \
-                weight, output, total, num_outer, num_inner, width, float(eps),                   \
-                float(weight_offset), cast_first, num_threads);                                   \
+                weight, {output, output_outer, output_inner}, {total, total_outer, total_inner},  \
+                num_outer, num_inner, width, float(eps), float(weight_offset), cast_first,        \
+                num_threads);                                                                     \
   }                                                                                               \
-  extern "C" void silu_mul_##NAME(const T* gate, int64_t gate_outer, int64_t gate_inner,          \
-                                  const T* up, int64_t up_outer, int64_t up_inner, T* output,     \
-                                  int64_t num_outer, int64_t num_inner, int64_t width,            \
-                                  int num_threads) {                                              \
-    gated<T, silu>({gate, gate_outer, gate_inner}, {up, up_outer, up_inner}, output, num_outer,   \
-                   num_inner, width, num_threads);                                                \
-  }                                                                                               \
-  extern "C" void gelu_tanh_mul_##NAME(const T* gate, int64_t gate_outer, int64_t gate_inner,     \
-                                       const T* up, int64_t up_outer, int64_t up_inner,           \
-                                       T* output, int64_t num_outer, int64_t num_inner,           \
-                                       int64_t width, int num_threads) {                          \
-    gated<T, gelu_tanh>({gate, gate_outer, gate_inner}, {up, up_outer, up_inner}, output,         \
-                        num_outer, num_inner, width, num_threads);                                \
-  }
+  GATED(T, NAME, silu)                                                                            \
+  GATED(T, NAME, gelu_tanh)
 
 #define ROPE(T, NAME, TABLE, TABLE_NAME)                                                          \
   extern "C" void rope_##NAME##_##TABLE_NAME(                                                     \

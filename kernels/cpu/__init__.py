@@ -1,0 +1,78 @@
+"""The C++ implementations of ops: the sources, how they are built, and how tensors are passed."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+
+import torch
+
+from ..registry import CallSite
+from .library import MissingLibraryError, library, why_missing
+
+__all__ = [
+    "MissingLibraryError",
+    "function",
+    "library",
+    "name_of",
+    "refuses",
+    "rows_of",
+    "why_missing",
+]
+
+_LETTERS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double, "b": ctypes.c_int}
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@functools.cache
+def function(name: str, arguments: str) -> Callable[..., None]:
+    """A function of the library; its arguments as letters: pointer, integer, double, bool or int.
+
+    Raises: MissingLibraryError.
+    """
+    found = getattr(library(), name)
+    found.argtypes = [_LETTERS[letter] for letter in arguments]
+    found.restype = None
+    return found
+
+
+def refuses(call: CallSite, *tensors: str) -> str | None:
+    """Why the C++ kernels cannot take a call: its device, the dtype of its tensors, no library."""
+    if call.device.type != "cpu":
+        return f"the tensors are on {call.device.type}"
+    for name in tensors:
+        tensor = call.args[name]
+        if tensor is not None and tensor.dtype not in _DTYPES:
+            return f"{name} is {str(tensor.dtype).removeprefix('torch.')}"
+    return why_missing()
+
+
+def name_of(tensor: torch.Tensor) -> str:
+    """A tensor's dtype, as the functions' names end."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def rows_of(*tensors: torch.Tensor) -> tuple[int, int, list[tuple[int, int]]] | None:
+    """Tensors of one shape as rows along the last dimension, counted by an outer and inner index.
+
+    Returns: the sizes of the two, and for each tensor their strides in elements; None if the
+        tensors lie so that this is not possible.
+    """
+    first = tensors[0]
+    if first.shape[-1] > 1 and any(tensor.stride(-1) != 1 for tensor in tensors):
+        return None
+    dims: list[tuple[int, list[int]]] = []
+    for dim, size in enumerate(first.shape[:-1]):
+        if size == 1:
+            continue
+        strides = [tensor.stride(dim) for tensor in tensors]
+        if dims and dims[-1][1] == [size * stride for stride in strides]:
+            dims[-1] = dims[-1][0] * size, strides  # it goes on where the one before it ends
+        else:
+            dims.append((size, strides))
+    if len(dims) > 2:
+        return None
+    nothing = 1, [0] * len(tensors)
+    (outer, outer_strides), (inner, inner_strides) = [nothing] * (2 - len(dims)) + dims
+    return outer, inner, list(zip(outer_strides, inner_strides, strict=True))
