@@ -58,13 +58,13 @@ def merge_linears(captured: CapturedGraph) -> PassReport:
 
 def _members(roles: dict[str, set[fx.Node]]) -> tuple[list[fx.Node], str | None]:
     """One linear per role, all of the same input; or none, and why."""
-    inputs = []
+    inputs: list[set[Any]] = []
     for role, products in roles.items():
         linears = [node for node in products if _is_linear(node)]
         if not linears:
             others = "".join(sorted({f", but {node.target}" for node in products}))
             return [], f"no linear feeds the {role}{others}"
-        inputs.append({linear.args[0] for linear in linears})
+        inputs.append({linear.all_input_nodes[0] for linear in linears})
     common = set.intersection(*inputs)
     if not common:
         return [], "the linears read different inputs"
