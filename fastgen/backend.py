@@ -1,0 +1,303 @@
+"""torch.compile(model, backend="fastgen"): the passes for anybody's own loop, without a cache.
+
+Dynamo hands over a graph of torch functions. It is traced again into the dialect of captured
+graphs, rewritten by the same passes, and run by the same kernels. Weights stay where they are, so
+linears are not merged. Whatever is not certain to compute the same, autograd above all, runs as
+Dynamo gave it; `reports()` says of every graph which of the two happened, and why.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+from torch._guards import CompileContext
+from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+from .compiled import choose_kernels
+from .passes import PASSES, CapturedGraph, InputSpec, Report, run_passes
+from .passes.graph import memory_of, written_by
+from .passes.pipeline import Pass
+from .passes.replace_sdpa import replace_sdpa
+
+logger = logging.getLogger("fastgen")
+
+# A graph of Dynamo's has no managed cache, and its weights are not fastgen's to lay out.
+_LEFT_OUT = ("merge_linears", "insert_paged_cache")
+_canonicalize, *_rewrites = (item for item in PASSES if item.name not in _LEFT_OUT)
+BACKEND_PASSES: tuple[Pass, ...] = (_canonicalize, Pass(replace_sdpa), *_rewrites)
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """What became of one of Dynamo's graphs.
+
+    name: Dynamo's own "frame/recompilation" of it. unrewritten: why it runs as Dynamo gave it, or
+    None if it was rewritten. report: passes and kernels, as far as they came.
+    """
+
+    name: str
+    unrewritten: str | None
+    report: Report = field(default_factory=Report)
+
+    def __str__(self) -> str:
+        state = f"runs as it is: {self.unrewritten}" if self.unrewritten else "rewritten"
+        done = [f"{item.name} {item.matches}" for item in self.report.passes if item.matches]
+        refused = [
+            f"{item.name} refused {where}: {why}"
+            for item in self.report.passes
+            for where, why in item.refused
+        ]
+        chosen = [
+            f"{op} x {entry['calls']}: {name}"
+            for op, entries in self.report.kernels.items()
+            for name, entry in entries.items()
+        ]
+        return "; ".join([f"graph {self.name} {state}", *done, *chosen, *refused])
+
+
+class _GraphForward:
+    """What Dynamo calls for one graph; lives as long as Dynamo keeps the graph."""
+
+    def __init__(self, report: GraphReport, forward: Callable[..., Any]) -> None:
+        self.order = next(_order)
+        self.report = report
+        self._forward = forward
+
+    def __call__(self, *args: Any) -> Any:
+        return self._forward(*args)
+
+
+_order = count()
+_alive: weakref.WeakSet[_GraphForward] = weakref.WeakSet()
+
+
+def reports() -> list[GraphReport]:
+    """One report for every graph of this backend that Dynamo holds, the oldest first."""
+    return [item.report for item in sorted(_alive, key=lambda item: item.order)]
+
+
+def fastgen_backend(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The backend that `torch.compile(..., backend="fastgen")` finds by its entry point.
+
+    Args:
+        options: {"passes_off": names of passes to leave out}, torch.compile's `options=`.
+        mode: torch.compile's `mode=`; there are none but the default.
+    Returns: a callable with the graph's own inputs and outputs.
+    Raises: ValueError for an unknown option, pass or mode. A graph that cannot be rewritten raises
+        nothing: it runs as it is, with the reason in `reports()`.
+    """
+    passes_off = _passes_off(options, mode)
+    compile_id = CompileContext.current_compile_id()
+    name = str(compile_id) if compile_id is not None else "of a direct call"
+    forward, report = graph_module.forward, Report()
+    unrewritten = _stays(graph_module)
+    if unrewritten is None:
+        try:
+            rewritten, report = _rewrite(graph_module, passes_off)
+        except Exception as error:
+            lines = str(error).strip().splitlines()
+            unrewritten = f"{type(error).__name__}: {lines[0] if lines else ''}"
+            _warn_once(unrewritten)
+        else:
+            if any(item.matches for item in report.passes[1:]):
+                forward = rewritten
+            else:
+                unrewritten = "no pass found anything to rewrite"
+    graph_report = GraphReport(name, unrewritten, report)
+    logger.info("%s", graph_report)
+    compiled = _GraphForward(graph_report, forward)
+    _alive.add(compiled)
+    return compiled
+
+
+def _passes_off(options: Mapping[str, Any] | None, mode: str | None) -> tuple[str, ...]:
+    if mode not in (None, "default"):
+        raise ValueError(f"the backend has no modes; got mode={mode!r}, leave it out")
+    given = dict(options or {})
+    passes_off = tuple(given.pop("passes_off", ()))
+    if given:
+        raise ValueError(f"options may hold passes_off; got {', '.join(map(repr, given))}")
+    optional = [item.name for item in BACKEND_PASSES if not item.required]
+    for name in passes_off:
+        if name not in optional:
+            raise ValueError(f"passes_off may name {', '.join(optional)}; got {name!r}")
+    return passes_off
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    logger.warning("a compiled graph could not be rewritten and runs as it is: %s", reason)
+
+
+def _stays(graph_module: fx.GraphModule) -> str | None:
+    """Why this graph must run as Dynamo gave it, known before anything is traced, or None."""
+    if torch._C._is_any_autocast_enabled():
+        return "autocast is on"
+    has_tensors = False
+    for node in graph_module.graph.nodes:
+        value = node.meta.get("example_value")
+        if node.op in ("get_attr", "call_module"):
+            return f"{node.target} is held by the graph itself"
+        if node.op == "placeholder" and isinstance(value, torch.Tensor):
+            has_tensors = True
+            if not isinstance(value, FakeTensor):
+                return f"the input {node.name} is a {type(value).__name__}"
+        if isinstance(node.target, HigherOrderOperator):
+            return f"{node.target} holds a graph of its own"
+        if getattr(node.target, "__name__", "").startswith(("_enter_", "_exit_")):
+            return f"a region under {node.target.__name__}"  # pyright: ignore
+        for tensor in _tensors(value):
+            # Inputs of a graph without gradients may require them: the weights do.
+            if tensor.requires_grad and (node.op != "placeholder" or torch.is_grad_enabled()):
+                return f"{node.name} requires gradients"
+            if free_unbacked_symbols(tensor):
+                return f"the size of {node.name} depends on data"
+    return None if has_tensors else "it has no tensor inputs"
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    for leaf in torch.utils._pytree.tree_leaves(value):
+        if isinstance(leaf, torch.Tensor):
+            yield leaf
+
+
+class _Outputs(NamedTuple):
+    """The form of all outputs, which no rewrite may change.
+
+    shape: Of each tensor its sizes, its strides and the input or output whose memory it is.
+    """
+
+    dtype: tuple
+    shape: tuple
+
+
+@dataclass
+class _DynamoGraph(CapturedGraph):
+    """A graph with Dynamo's outputs: a tuple of tensors, numbers and None."""
+
+    def output_value(self) -> Any:
+        owners: dict[int, str] = {}
+        for node in self.placeholders():
+            if (memory := memory_of(node)) is not None:
+                owners.setdefault(memory, node.name)
+        dtypes, shapes = [], []
+        output = next(node for node in self.graph.nodes if node.op == "output")
+        for index, item in enumerate(torch.utils._pytree.tree_leaves(output.args[0])):
+            value = item.meta["val"] if isinstance(item, fx.Node) else item
+            if isinstance(value, torch.Tensor):
+                owner = owners.setdefault(memory_of(item), f"output {index}")  # pyright: ignore
+                shapes.append((value.shape, value.stride(), owner))
+                dtypes.append(value.dtype)
+            else:
+                shapes.append(value)
+                dtypes.append(type(value))
+        return _Outputs(tuple(dtypes), tuple(shapes))
+
+
+def _rewrite(
+    graph_module: fx.GraphModule, passes_off: Sequence[str]
+) -> tuple[Callable[..., Any], Report]:
+    """The rewritten graph as a callable with the inputs and outputs of `graph_module`."""
+    captured = _retrace(graph_module)
+    positions = {node.name: index for index, node in enumerate(captured.placeholders())}
+    rewritten, report = run_passes(captured, passes_off, BACKEND_PASSES)
+    _check_writes(captured, rewritten)
+    lowered = rewritten.copy()
+    report.kernels = choose_kernels(lowered)
+    lowered.module.recompile()
+    forward = lowered.module.forward
+    given = [
+        positions[name] for name, spec in rewritten.inputs.items() if spec.kind != "constant"
+    ]
+    constants = [
+        rewritten.constants[spec.target]
+        for spec in rewritten.inputs.values()
+        if spec.kind == "constant"
+    ]
+    return lambda *args: forward(*[args[index] for index in given], *constants), report
+
+
+def _retrace(graph_module: fx.GraphModule) -> _DynamoGraph:
+    """Dynamo's graph in ATen before decomposition: what capture makes of a model."""
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    values = [node.meta["example_value"] for node in placeholders]
+    fake_mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
+    # no_grad puts the mode back as it was, also if the graph switches gradients and then fails.
+    with fake_mode, torch.no_grad():
+        module = make_fx(
+            lambda *args: graph_module(*args), pre_dispatch=True, _allow_non_fake_inputs=True
+        )(*values)
+    for node in module.graph.nodes:
+        if node.op == "call_function" and not _is_known(node.target):
+            raise ValueError(f"{node.target} is no ATen op")
+    traced = [node for node in module.graph.nodes if node.op == "placeholder"]
+    inputs = {
+        node.name: InputSpec(
+            "parameter" if isinstance(value, torch.nn.Parameter) else "batch", given.name
+        )
+        for node, given, value in zip(traced, placeholders, values, strict=True)
+    }
+    captured = _DynamoGraph(module, inputs, num_layers=0)
+    _lift_constants(captured, fake_mode)
+    return captured.copy()  # which renames a few nodes; in copies of the copy they keep their names
+
+
+def _lift_constants(captured: CapturedGraph, fake_mode: Any) -> None:
+    """Tensors that the code created while it was traced become inputs, after those of Dynamo."""
+    for node in [node for node in captured.graph.nodes if node.op == "get_attr"]:
+        name = str(node.target)
+        tensor = captured.constants[name] = getattr(captured.module, name)
+        lifted = captured.add_input(
+            f"constant_{name}", InputSpec("constant", name), fake_mode.from_tensor(tensor)
+        )
+        node.replace_all_uses_with(lifted)
+        captured.graph.erase_node(node)
+
+
+def _is_known(target: Any) -> bool:
+    """An ATen op, arithmetic of sizes, or a switch of gradients, which none of the inputs need."""
+    if isinstance(target, OpOverload) or target is torch._C._set_grad_enabled:
+        return True
+    module = getattr(target, "__module__", None) or ""
+    return module in ("_operator", "math") or getattr(target, "__name__", "").startswith("sym_")
+
+
+def _check_writes(before: CapturedGraph, after: CapturedGraph) -> None:
+    """Whoever reads memory that the graph writes into must be who it was.
+
+    A pass that replaces such a reader may have moved the reading past the writing.
+    """
+    old, new = _readers_of_written(before), _readers_of_written(after)
+    if old != new:
+        raise ValueError(f"a pass rewrote readers of memory that is written ({old} -> {new})")
+
+
+def _readers_of_written(captured: CapturedGraph) -> dict[str, set[str]]:
+    """Of every op that writes: the ops that compute something from the memory it writes."""
+    readers: dict[int | None, set[str]] = {}
+    for node in captured.graph.nodes:
+        for read in node.all_input_nodes:
+            if memory_of(read) != memory_of(node) or written_by(node):  # else a view
+                readers.setdefault(memory_of(read), set()).add(node.name)
+    return {
+        node.name: set().union(*(readers[memory_of(read)] for read in written))
+        for node in captured.graph.nodes
+        if (written := written_by(node))
+    }
