@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -23,6 +24,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from .compiled import choose_kernels
 from .passes import PASSES, CapturedGraph, InputSpec, Report, run_passes
@@ -31,6 +33,7 @@ from .passes.pipeline import Pass
 from .passes.replace_sdpa import replace_sdpa
 
 logger = logging.getLogger("fastgen")
+aten = torch.ops.aten
 
 # A graph of Dynamo's has no managed cache, and its weights are not fastgen's to lay out.
 _LEFT_OUT = ("merge_linears", "insert_paged_cache")
@@ -53,11 +56,8 @@ class GraphReport:
     def __str__(self) -> str:
         state = f"runs as it is: {self.unrewritten}" if self.unrewritten else "rewritten"
         done = [f"{item.name} {item.matches}" for item in self.report.passes if item.matches]
-        refused = [
-            f"{item.name} refused {where}: {why}"
-            for item in self.report.passes
-            for where, why in item.refused
-        ]
+        reasons = Counter((item.name, why) for item in self.report.passes for _, why in item.refused)
+        refused = [f"{name} refused {number}: {why}" for (name, why), number in reasons.items()]
         chosen = [
             f"{op} x {entry['calls']}: {name}"
             for op, entries in self.report.kernels.items()
@@ -110,7 +110,11 @@ def fastgen_backend(
     unrewritten = _stays(graph_module)
     if unrewritten is None:
         try:
-            rewritten, report = _rewrite(graph_module, passes_off)
+            # no_grad also puts the mode back if the graph switches gradients and then fails.
+            with torch.no_grad():
+                rewritten, report = _rewrite(graph_module, passes_off)
+        except _StaysError as error:
+            unrewritten = str(error)
         except Exception as error:
             lines = str(error).strip().splitlines()
             unrewritten = f"{type(error).__name__}: {lines[0] if lines else ''}"
@@ -161,8 +165,8 @@ def _stays(graph_module: fx.GraphModule) -> str | None:
                 return f"the input {node.name} is a {type(value).__name__}"
         if isinstance(node.target, HigherOrderOperator):
             return f"{node.target} holds a graph of its own"
-        if getattr(node.target, "__name__", "").startswith(("_enter_", "_exit_")):
-            return f"a region under {node.target.__name__}"  # pyright: ignore
+        if _changes_state(node.target):
+            return f"{node.target.__name__} changes how ops run"  # pyright: ignore
         for tensor in _tensors(value):
             # Inputs of a graph without gradients may require them: the weights do.
             if tensor.requires_grad and (node.op != "placeholder" or torch.is_grad_enabled()):
@@ -170,6 +174,17 @@ def _stays(graph_module: fx.GraphModule) -> str | None:
             if free_unbacked_symbols(tensor):
                 return f"the size of {node.name} depends on data"
     return None if has_tensors else "it has no tensor inputs"
+
+
+def _changes_state(target: Any) -> bool:
+    """A region of autocast or inference mode, of a transform of functions, of a CUDA stream.
+
+    Traced halfway, it would stay on.
+    """
+    module = getattr(target, "__module__", None) or ""
+    if "functorch" in module or module.startswith("torch.cuda"):
+        return True
+    return getattr(target, "__name__", "").startswith(("_enter_", "_exit_"))
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -203,12 +218,24 @@ class _DynamoGraph(CapturedGraph):
             value = item.meta["val"] if isinstance(item, fx.Node) else item
             if isinstance(value, torch.Tensor):
                 owner = owners.setdefault(memory_of(item), f"output {index}")  # pyright: ignore
-                shapes.append((value.shape, value.stride(), owner))
+                shapes.append((value.shape, _strides(value), owner))
                 dtypes.append(value.dtype)
             else:
                 shapes.append(value)
                 dtypes.append(type(value))
         return _Outputs(tuple(dtypes), tuple(shapes))
+
+
+def _strides(value: torch.Tensor) -> list:
+    """The strides that count: not those of dimensions of one element or of an empty tensor."""
+    if any(isinstance(size, int) and size == 0 for size in value.shape):
+        return []
+    pairs = zip(value.shape, value.stride(), strict=True)
+    return [stride for size, stride in pairs if not (isinstance(size, int) and size == 1)]
+
+
+class _StaysError(ValueError):
+    """The graph must not be rewritten, as the message says; nothing has gone wrong."""
 
 
 def _rewrite(
@@ -218,7 +245,11 @@ def _rewrite(
     captured = _retrace(graph_module)
     positions = {node.name: index for index, node in enumerate(captured.placeholders())}
     rewritten, report = run_passes(captured, passes_off, BACKEND_PASSES)
-    _check_writes(captured, rewritten)
+    if _readers_of_written(captured) != _readers_of_written(rewritten):
+        # A pass that replaces such a reader may have moved the reading past the writing.
+        raise _StaysError("the graph writes into memory that rewritten ops read")
+    if _random_ops(captured) != _random_ops(rewritten):
+        raise _StaysError("a random op whose result is not used would be lost")
     lowered = rewritten.copy()
     report.kernels = choose_kernels(lowered)
     lowered.module.recompile()
@@ -239,23 +270,22 @@ def _retrace(graph_module: fx.GraphModule) -> _DynamoGraph:
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     values = [node.meta["example_value"] for node in placeholders]
     fake_mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
-    # no_grad puts the mode back as it was, also if the graph switches gradients and then fails.
-    with fake_mode, torch.no_grad():
+    with fake_mode:
         module = make_fx(
             lambda *args: graph_module(*args), pre_dispatch=True, _allow_non_fake_inputs=True
         )(*values)
     for node in module.graph.nodes:
         if node.op == "call_function" and not _is_known(node.target):
-            raise ValueError(f"{node.target} is no ATen op")
+            raise _StaysError(f"{node.target} is no ATen op")
+    inputs = {}
     traced = [node for node in module.graph.nodes if node.op == "placeholder"]
-    inputs = {
-        node.name: InputSpec(
-            "parameter" if isinstance(value, torch.nn.Parameter) else "batch", given.name
-        )
-        for node, given, value in zip(traced, placeholders, values, strict=True)
-    }
+    for node, given, value in zip(traced, placeholders, values, strict=True):
+        kind = "parameter" if isinstance(value, torch.nn.Parameter) else "batch"
+        inputs[node.name] = InputSpec(kind, given.name)
+        node.meta["val"] = value  # the trace's own has forgotten of which number it is a tensor
     captured = _DynamoGraph(module, inputs, num_layers=0)
-    _lift_constants(captured, fake_mode)
+    if any(node.op == "get_attr" for node in captured.graph.nodes):
+        _lift_constants(captured, fake_mode)
     return captured.copy()  # which renames a few nodes; in copies of the copy they keep their names
 
 
@@ -264,11 +294,14 @@ def _lift_constants(captured: CapturedGraph, fake_mode: Any) -> None:
     for node in [node for node in captured.graph.nodes if node.op == "get_attr"]:
         name = str(node.target)
         tensor = captured.constants[name] = getattr(captured.module, name)
-        lifted = captured.add_input(
-            f"constant_{name}", InputSpec("constant", name), fake_mode.from_tensor(tensor)
-        )
+        value = fake_mode.from_tensor(tensor, static_shapes=True)
+        lifted = captured.add_input(f"constant_{name}", InputSpec("constant", name), value)
         node.replace_all_uses_with(lifted)
         captured.graph.erase_node(node)
+    # The trace takes the copy that an op makes of a constant for the constant itself.
+    captured.module.recompile()
+    values = [node.meta["val"] for node in captured.placeholders()]
+    FakeTensorProp(captured.module, fake_mode).propagate_dont_convert_inputs(*values)
 
 
 def _is_known(target: Any) -> bool:
@@ -279,14 +312,18 @@ def _is_known(target: Any) -> bool:
     return module in ("_operator", "math") or getattr(target, "__name__", "").startswith("sym_")
 
 
-def _check_writes(before: CapturedGraph, after: CapturedGraph) -> None:
-    """Whoever reads memory that the graph writes into must be who it was.
+def _random_ops(captured: CapturedGraph) -> set[str]:
+    """The ops that draw random numbers."""
+    return {node.name for node in captured.graph.nodes if _draws(node)}
 
-    A pass that replaces such a reader may have moved the reading past the writing.
-    """
-    old, new = _readers_of_written(before), _readers_of_written(after)
-    if old != new:
-        raise ValueError(f"a pass rewrote readers of memory that is written ({old} -> {new})")
+
+def _draws(node: fx.Node) -> bool:
+    match node.target:
+        case aten.dropout.default:
+            return bool(node.args[2])
+        case aten.scaled_dot_product_attention.default:
+            return bool(node.kwargs.get("dropout_p") or node.args[4:5] not in ((), (0.0,)))
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _readers_of_written(captured: CapturedGraph) -> dict[str, set[str]]:

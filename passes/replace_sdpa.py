@@ -50,7 +50,7 @@ def replace_sdpa(captured: CapturedGraph) -> PassReport:
         why = _refusal(given)
         if why is None and (mask := given["attn_mask"]) is not None:
             if mask not in proven:  # all layers share one mask
-                proven[mask] = _mask_refusal(mask, int(_size(given["query"], 2)), written)
+                proven[mask] = _mask_refusal(captured, mask, written)
             why = proven[mask]
         if why is None:
             _replace(captured, node, given, index, written)
@@ -105,9 +105,10 @@ def _refusal(given: dict[str, Any]) -> str | None:
 
 def _causality_refusal(given: dict[str, Any]) -> str | None:
     """Why it cannot be causal, as far as that shows without computing the mask, or None."""
-    mask = given["attn_mask"]
+    mask, num_tokens = given["attn_mask"], _size(given["query"], 2)
     if mask is None:
-        return None if given["is_causal"] else "neither a mask nor is_causal: every key is seen"
+        alone = isinstance(num_tokens, int) and num_tokens == 1
+        return None if given["is_causal"] or alone else "neither a mask nor is_causal"
     value = mask.meta["val"]
     if value.dtype != torch.bool:
         return f"a mask of type {value.dtype}; a boolean one can be proven causal"
@@ -115,7 +116,6 @@ def _causality_refusal(given: dict[str, Any]) -> str | None:
         return "a mask and is_causal"
     if not all(isinstance(size, int) for size in value.shape):
         return "the mask's size varies, so that it is not proven causal"
-    num_tokens = _size(given["query"], 2)
     if tuple(value.shape) != (1, 1, num_tokens, num_tokens):
         return f"a mask of shape {list(value.shape)}"
     if value.numel() > _MAX_MASK_ELEMENTS:
@@ -123,9 +123,11 @@ def _causality_refusal(given: dict[str, Any]) -> str | None:
     return None
 
 
-def _mask_refusal(mask: fx.Node, num_tokens: int, written: set[int | None]) -> str | None:
+def _mask_refusal(
+    captured: CapturedGraph, mask: fx.Node, written: set[int | None]
+) -> str | None:
     """Compute a mask that depends on sizes alone; why it is not the causal triangle, or None."""
-    order, why = _ancestors(mask, written)
+    order, why = _ancestors(captured, mask, written)
     if why is not None:
         return f"the mask {why}, so that it is not proven causal"
     computed: dict[fx.Node, Any] = {}
@@ -143,10 +145,12 @@ def _mask_refusal(mask: fx.Node, num_tokens: int, written: set[int | None]) -> s
         triangle = torch.ones_like(computed[mask][0, 0]).tril()
         if torch.equal(computed[mask][0, 0], triangle):
             return None
-    return f"the mask hides other keys than the causal one of {num_tokens} tokens"
+    return "the mask hides other keys than a causal one"
 
 
-def _ancestors(mask: fx.Node, written: set[int | None]) -> tuple[list[fx.Node], str | None]:
+def _ancestors(
+    captured: CapturedGraph, mask: fx.Node, written: set[int | None]
+) -> tuple[list[fx.Node], str | None]:
     """What must be computed for the mask, in order, or why it depends on more than sizes."""
     needed, stack = set(), [mask]
     while stack:
@@ -154,7 +158,7 @@ def _ancestors(mask: fx.Node, written: set[int | None]) -> tuple[list[fx.Node], 
         if node in needed:
             continue
         if node.op != "call_function":
-            return [], f"is computed from the input {node.name}"
+            return [], f"is computed from {captured.inputs[node.name].target}"
         if not isinstance(node.target, torch._ops.OpOverload):
             return [], f"is computed by {node.target}"
         if node.target._schema.is_mutable or memory_of(node) in written:
@@ -204,17 +208,29 @@ def _replace(
             torch.ops.fastgen.attention.default, *packed, None, float(scale), 0, 0.0, None, index
         )
         rows = call(aten.unsqueeze.default, attention, 0)
-        user = next(iter(node.users), None)
-        if len(node.users) == 1 and _swaps_heads_and_tokens(user):
+        replaced = _with_reshapes(node)
+        user = _only_user(replaced[-1])
+        if user is not None and user.target is aten.transpose.int and user.args[1:] == (1, 2):
+            replaced.append(user)
             user.replace_all_uses_with(rows)
-            graph.erase_node(user)
         else:
-            node.replace_all_uses_with(call(aten.transpose.int, rows, 1, 2))
-    graph.erase_node(node)
+            replaced[-1].replace_all_uses_with(call(aten.transpose.int, rows, 1, 2))
+    for old in reversed(replaced):
+        graph.erase_node(old)
 
 
-def _swaps_heads_and_tokens(node: Any) -> bool:
-    return node.target is aten.transpose.int and node.args[1:] == (1, 2)
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _with_reshapes(node: fx.Node) -> list[fx.Node]:
+    """The node and the reshapes behind it that leave it as it is."""
+    nodes = [node]
+    while (user := _only_user(nodes[-1])) is not None and user.target is aten.reshape.default:
+        if str(user.meta["val"].shape) != str(node.meta["val"].shape):
+            break
+        nodes.append(user)
+    return nodes
 
 
 def _unrepeated(node: fx.Node) -> fx.Node:
