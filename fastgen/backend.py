@@ -154,6 +154,10 @@ def _stays(graph_module: fx.GraphModule) -> str | None:
     """Why this graph must run as Dynamo gave it, known before anything is traced, or None."""
     if torch._C._is_any_autocast_enabled():
         return "autocast is on"
+    gradients = torch.is_grad_enabled() or any(
+        node.target is torch._C._set_grad_enabled and node.args != (False,)
+        for node in graph_module.graph.nodes
+    )
     has_tensors = False
     for node in graph_module.graph.nodes:
         value = node.meta.get("example_value")
@@ -168,8 +172,7 @@ def _stays(graph_module: fx.GraphModule) -> str | None:
         if _changes_state(node.target):
             return f"{node.target.__name__} changes how ops run"  # pyright: ignore
         for tensor in _tensors(value):
-            # Inputs of a graph without gradients may require them: the weights do.
-            if tensor.requires_grad and (node.op != "placeholder" or torch.is_grad_enabled()):
+            if gradients and tensor.requires_grad:
                 return f"{node.name} requires gradients"
             if free_unbacked_symbols(tensor):
                 return f"the size of {node.name} depends on data"
@@ -245,8 +248,7 @@ def _rewrite(
     captured = _retrace(graph_module)
     positions = {node.name: index for index, node in enumerate(captured.placeholders())}
     rewritten, report = run_passes(captured, passes_off, BACKEND_PASSES)
-    if _readers_of_written(captured) != _readers_of_written(rewritten):
-        # A pass that replaces such a reader may have moved the reading past the writing.
+    if _moved_past_writes(_readings(captured), _readings(rewritten)):
         raise _StaysError("the graph writes into memory that rewritten ops read")
     if _random_ops(captured) != _random_ops(rewritten):
         raise _StaysError("a random op whose result is not used would be lost")
@@ -326,15 +328,39 @@ def _draws(node: fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
-def _readers_of_written(captured: CapturedGraph) -> dict[str, set[str]]:
-    """Of every op that writes: the ops that compute something from the memory it writes."""
-    readers: dict[int | None, set[str]] = {}
+def _readings(captured: CapturedGraph) -> dict[tuple[str, int], dict[str, int]]:
+    """Of all memory that is written: who reads it, and after how many writes.
+
+    The memory is named by the op that first writes it and the number of its argument; views, which
+    compute nothing, do not count as readers.
+    """
+    names: dict[int | None, tuple[str, int]] = {}
     for node in captured.graph.nodes:
+        for index, written in enumerate(written_by(node)):
+            names.setdefault(memory_of(written), (node.name, index))
+    readings: dict[tuple[str, int], dict[str, int]] = {name: {} for name in names.values()}
+    writes: Counter[int | None] = Counter()
+    for node in captured.graph.nodes:
+        written = {memory_of(read) for read in written_by(node)}
         for read in node.all_input_nodes:
-            if memory_of(read) != memory_of(node) or written_by(node):  # else a view
-                readers.setdefault(memory_of(read), set()).add(node.name)
-    return {
-        node.name: set().union(*(readers[memory_of(read)] for read in written))
-        for node in captured.graph.nodes
-        if (written := written_by(node))
-    }
+            memory = memory_of(read)
+            if memory in names and (memory != memory_of(node) or written):
+                readings[names[memory]][node.name] = writes[memory]
+        writes.update(written)
+    return readings
+
+
+def _moved_past_writes(
+    before: dict[tuple[str, int], dict[str, int]], after: dict[tuple[str, int], dict[str, int]]
+) -> bool:
+    """Whether ops that were replaced read what their replacements may find overwritten."""
+    if before.keys() != after.keys():
+        return True
+    for name, old in before.items():
+        new = after[name]
+        if any(old[node] != new[node] for node in old.keys() & new.keys()):
+            return True
+        gone, come = old.keys() - new.keys(), new.keys() - old.keys()
+        if len({old[node] for node in gone} | {new[node] for node in come}) > 1:
+            return True
+    return False
