@@ -56,7 +56,9 @@ class GraphReport:
     def __str__(self) -> str:
         state = f"runs as it is: {self.unrewritten}" if self.unrewritten else "rewritten"
         done = [f"{item.name} {item.matches}" for item in self.report.passes if item.matches]
-        reasons = Counter((item.name, why) for item in self.report.passes for _, why in item.refused)
+        reasons = Counter(
+            (item.name, why) for item in self.report.passes for _, why in item.refused
+        )
         refused = [f"{name} refused {number}: {why}" for (name, why), number in reasons.items()]
         chosen = [
             f"{op} x {entry['calls']}: {name}"
@@ -256,9 +258,7 @@ def _rewrite(
     report.kernels = choose_kernels(lowered)
     lowered.module.recompile()
     forward = lowered.module.forward
-    given = [
-        positions[name] for name, spec in rewritten.inputs.items() if spec.kind != "constant"
-    ]
+    given = [positions[name] for name, spec in rewritten.inputs.items() if spec.kind != "constant"]
     constants = [
         rewritten.constants[spec.target]
         for spec in rewritten.inputs.values()
@@ -276,15 +276,21 @@ def _retrace(graph_module: fx.GraphModule) -> _DynamoGraph:
         module = make_fx(
             lambda *args: graph_module(*args), pre_dispatch=True, _allow_non_fake_inputs=True
         )(*values)
+    numbers = []
     for node in module.graph.nodes:
         if node.op == "call_function" and not _is_known(node.target):
             raise _StaysError(f"{node.target} is no ATen op")
+        if node.target is aten.item.default:
+            numbers.append(node)
     inputs = {}
     traced = [node for node in module.graph.nodes if node.op == "placeholder"]
     for node, given, value in zip(traced, placeholders, values, strict=True):
         kind = "parameter" if isinstance(value, torch.nn.Parameter) else "batch"
         inputs[node.name] = InputSpec(kind, given.name)
-        node.meta["val"] = value  # the trace's own has forgotten of which number it is a tensor
+        node.meta["val"] = value
+    for node in numbers:
+        # A number that varies comes as a tensor, which forgets during the trace that it knows it.
+        node.args[0].meta["val"].item_memo = node.meta["val"]
     captured = _DynamoGraph(module, inputs, num_layers=0)
     if any(node.op == "get_attr" for node in captured.graph.nodes):
         _lift_constants(captured, fake_mode)

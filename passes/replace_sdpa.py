@@ -123,9 +123,7 @@ def _causality_refusal(given: dict[str, Any]) -> str | None:
     return None
 
 
-def _mask_refusal(
-    captured: CapturedGraph, mask: fx.Node, written: set[int | None]
-) -> str | None:
+def _mask_refusal(captured: CapturedGraph, mask: fx.Node, written: set[int | None]) -> str | None:
     """Compute a mask that depends on sizes alone; why it is not the causal triangle, or None."""
     order, why = _ancestors(captured, mask, written)
     if why is not None:
@@ -180,7 +178,11 @@ def _tensor(node: fx.Node) -> torch.Tensor:
 
 
 def _replace(
-    captured: CapturedGraph, node: fx.Node, given: dict[str, Any], index: int, written: set[int | None]
+    captured: CapturedGraph,
+    node: fx.Node,
+    given: dict[str, Any],
+    index: int,
+    written: set[int | None],
 ) -> None:
     graph, fake_mode = captured.graph, fake_mode_of(captured.placeholders())
 
