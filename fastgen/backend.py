@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils._pytree import tree_leaves
 
 from .compiled import choose_kernels
 from .passes import PASSES, CapturedGraph, InputSpec, Report, run_passes
@@ -55,10 +56,9 @@ class GraphReport:
 
     def __str__(self) -> str:
         state = f"runs as it is: {self.unrewritten}" if self.unrewritten else "rewritten"
-        done = [f"{item.name} {item.matches}" for item in self.report.passes if item.matches]
-        reasons = Counter(
-            (item.name, why) for item in self.report.passes for _, why in item.refused
-        )
+        passes = self.report.passes
+        done = [f"{item.name} {item.matches}" for item in passes if item.matches]
+        reasons = Counter((item.name, why) for item in passes for _, why in item.refused)
         refused = [f"{name} refused {number}: {why}" for (name, why), number in reasons.items()]
         chosen = [
             f"{op} x {entry['calls']}: {name}"
@@ -193,7 +193,7 @@ def _changes_state(target: Any) -> bool:
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    for leaf in torch.utils._pytree.tree_leaves(value):
+    for leaf in tree_leaves(value):
         if isinstance(leaf, torch.Tensor):
             yield leaf
 
@@ -219,7 +219,7 @@ class _DynamoGraph(CapturedGraph):
                 owners.setdefault(memory, node.name)
         dtypes, shapes = [], []
         output = next(node for node in self.graph.nodes if node.op == "output")
-        for index, item in enumerate(torch.utils._pytree.tree_leaves(output.args[0])):
+        for index, item in enumerate(tree_leaves(output.args[0])):
             value = item.meta["val"] if isinstance(item, fx.Node) else item
             if isinstance(value, torch.Tensor):
                 owner = owners.setdefault(memory_of(item), f"output {index}")  # pyright: ignore
@@ -276,21 +276,15 @@ def _retrace(graph_module: fx.GraphModule) -> _DynamoGraph:
         module = make_fx(
             lambda *args: graph_module(*args), pre_dispatch=True, _allow_non_fake_inputs=True
         )(*values)
-    numbers = []
     for node in module.graph.nodes:
         if node.op == "call_function" and not _is_known(node.target):
             raise _StaysError(f"{node.target} is no ATen op")
-        if node.target is aten.item.default:
-            numbers.append(node)
     inputs = {}
     traced = [node for node in module.graph.nodes if node.op == "placeholder"]
     for node, given, value in zip(traced, placeholders, values, strict=True):
         kind = "parameter" if isinstance(value, torch.nn.Parameter) else "batch"
         inputs[node.name] = InputSpec(kind, given.name)
-        node.meta["val"] = value
-    for node in numbers:
-        # A number that varies comes as a tensor, which forgets during the trace that it knows it.
-        node.args[0].meta["val"].item_memo = node.meta["val"]
+        node.meta["val"] = value  # the trace's copy of a number's tensor does not know its number
     captured = _DynamoGraph(module, inputs, num_layers=0)
     if any(node.op == "get_attr" for node in captured.graph.nodes):
         _lift_constants(captured, fake_mode)
@@ -308,8 +302,11 @@ def _lift_constants(captured: CapturedGraph, fake_mode: Any) -> None:
         captured.graph.erase_node(node)
     # The trace takes the copy that an op makes of a constant for the constant itself.
     captured.module.recompile()
-    values = [node.meta["val"] for node in captured.placeholders()]
+    placeholders = captured.placeholders()
+    values = [node.meta["val"] for node in placeholders]
     FakeTensorProp(captured.module, fake_mode).propagate_dont_convert_inputs(*values)
+    for node, value in zip(placeholders, values, strict=True):
+        node.meta["val"] = value
 
 
 def _is_known(target: Any) -> bool:

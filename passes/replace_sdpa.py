@@ -4,8 +4,8 @@
     sdpa(q, k, v, mask that is the causal triangle)     -> attention(q, k, v)
 
 Required: one sequence, as many keys as queries, no dropout, a floating type of 32 bits or less,
-and causality that is proven: by `is_causal` without a mask, or by a boolean mask that is computed
-from fixed sizes alone, which is then computed here and compared. Numerics: the same softmax; another
+and causality that is proven: by `is_causal` without a mask, or by a boolean mask that depends on
+fixed sizes alone, which is then computed here and compared. Numerics: the same softmax; another
 kernel may round its sums in another order.
 """
 

@@ -1,4 +1,4 @@
-"""replace_sdpa: causal attention of one sequence is found, and everything that only looks like it."""
+"""replace_sdpa: causal attention of one sequence is found, and what only looks like it is not."""
 
 from __future__ import annotations
 
