@@ -172,19 +172,19 @@ def test_repeated_keys_that_are_overwritten_stay_repeated():
     assert attentions(graph)[0].args[1].meta["val"].shape[1] == HEADS
 
 
-def test_expanded_keys_that_are_not_repeated_heads():
-    """Two keys are shared by all tokens of a group, not by its heads."""
+def test_repeated_keys_that_are_not_repeated_heads():
+    """Three keys are seen twice by the same head."""
 
     def compute(query, key, value):
-        shared = key[:, :, :, None, :].expand(1, HEADS, 2, 3, HEAD_DIM)
-        keys = shared.reshape(1, HEADS, TOKENS, HEAD_DIM)
+        twice = key[:, :, None].expand(1, HEADS, 2, 3, HEAD_DIM)
+        keys = twice.reshape(1, HEADS, TOKENS, HEAD_DIM)
         return causal(query, keys, keys)
 
-    query, key, value = qkv(keys=2)
-    graph = captured(compute, query, key, value)
+    example = qkv(keys=3)
+    graph = captured(compute, *example)
     assert replace_sdpa(graph).matches == 1
-    got = evaluate(graph, nn.Module(), torch.zeros(8), query, key, value)
-    torch.testing.assert_close(got, compute(query, key, value))
+    got = evaluate(graph, nn.Module(), torch.zeros(8), *example)
+    torch.testing.assert_close(got, compute(*example))
 
 
 # Near misses.
