@@ -210,6 +210,11 @@ def test_an_optimised_model(name):
 # One dialect.
 
 
+def takes_everything(node) -> bool:
+    everything = (0, torch.iinfo(torch.int64).max)
+    return node.target is torch.ops.aten.slice.Tensor and node.args[2:] == everything
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2", "moe"])
 def test_both_ways_in_give_the_same_ops(name):
     """capture's torch.export and Dynamo agree in every op once attention is found."""
@@ -225,12 +230,14 @@ def test_both_ways_in_give_the_same_ops(name):
     with torch.no_grad():
         torch.compile(_PackedForward(model), backend=look, fullgraph=True)(*packed)
     exported = run_passes(capture(model), passes=BACKEND_PASSES[:2])[0]
-    # The exported graph also computes sizes, from its number of tokens; in the other it is 8.
+    # Where the number of tokens varies, sizes are computed, and a slice of all of them is kept.
     exported, traced = (
         Counter(
             str(node.target)
             for node in graph.graph.nodes
-            if node.op == "call_function" and isinstance(node.meta["val"], torch.Tensor)
+            if node.op == "call_function"
+            and isinstance(node.meta["val"], torch.Tensor)
+            and not takes_everything(node)
         )
         for graph in (exported, dynamo[0])
     )
