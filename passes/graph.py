@@ -8,8 +8,8 @@ one node) plus the ops of `fastgen.kernels`. Its one output is the logits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self
 
 import torch
 from torch import fx
@@ -60,7 +60,7 @@ class CapturedGraph:
     def graph(self) -> fx.Graph:
         return self.module.graph
 
-    def copy(self) -> CapturedGraph:
+    def copy(self) -> Self:
         """A copy whose graph can be changed; weights and constants are shared."""
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
@@ -70,14 +70,7 @@ class CapturedGraph:
         module = fx.GraphModule(self.module, graph)
         # torch.fx may rename a node on the way, for one if it is called like a builtin.
         inputs = {copies[node].name: self.inputs[node.name] for node in self.placeholders()}
-        return CapturedGraph(
-            module,
-            inputs,
-            self.num_layers,
-            self.constants,
-            self.parameter_refusals,
-            list(self.merges),
-        )
+        return replace(self, module=module, inputs=inputs, merges=list(self.merges))
 
     def placeholders(self) -> list[fx.Node]:
         return [node for node in self.graph.nodes if node.op == "placeholder"]
@@ -117,6 +110,26 @@ class CapturedGraph:
         """The fake tensor of the logits."""
         output = next(node for node in self.graph.nodes if node.op == "output")
         return output.args[0].meta["val"]  # pyright: ignore
+
+
+def written_by(node: fx.Node) -> list[fx.Node]:
+    """The arguments that an op writes into."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    given = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False))
+    given.update(node.kwargs)
+    written: list[fx.Node] = []
+    for argument in schema.arguments:
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            fx.map_arg(given.get(argument.name), written.append)
+    return written
+
+
+def memory_of(node: fx.Node) -> int | None:
+    """A number for the storage of a node's value: views share it. None if it is no tensor."""
+    value = node.meta.get("val")
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
 
 
 def fake_mode_of(nodes: Sequence[fx.Node]):
