@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 
 from .errors import UnsupportedModelError
-from .live import hooked_modules
+from .fingerprint import hooked_modules, marks_gradients
 from .passes import BATCH_INPUTS, CapturedGraph, InputSpec
 
 ATTENTION_NAME = "fastgen"
@@ -171,11 +171,6 @@ def check_model(model: Any) -> None:
     from transformers import PreTrainedModel
 
     name = type(model).__name__
-    if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
-        raise UnsupportedModelError(
-            f"{name} is a PEFT wrapper; optimise the model inside it: "
-            "fastgen.optimize(model.get_base_model())"
-        )
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"fastgen.optimize needs a transformers PreTrainedModel, got {name}"
@@ -245,6 +240,10 @@ def _export(model: nn.Module) -> torch.export.ExportedProgram:
             f"{type(model).__name__} cannot be copied for capture: {type(error).__name__}: {error}"
         ) from error
     clone.eval()
+    for module in clone.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if marks_gradients(hook):
+                del module._forward_hooks[key]
     clone.set_attn_implementation(ATTENTION_NAME)
     if clone.config._attn_implementation != ATTENTION_NAME:
         raise UnsupportedModelError(

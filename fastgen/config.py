@@ -10,6 +10,7 @@ from .errors import InvalidRequestError
 
 INT32_MAX = 2**31 - 1
 SEED_MAX = 2**63 - 1
+WEIGHT_CHECKS = ("sampled", "full", "manual")
 
 
 def check_int(
@@ -43,6 +44,9 @@ class Config:
         block_size: Tokens per block of the paged KV cache: 16, 32 or 64.
         kv_cache_memory_bytes: Size of the KV cache pool; None: as much as the calls can need, at
             most half of the memory that is free when the pool is created.
+        weight_check: How new weight values are noticed when torch's version counters do not show
+            them: "sampled" compares a cache line of every 4 KiB page before an idle engine starts,
+            "full" every byte, "manual" nothing: then tell `fastgen.weights_changed(model)`.
         passes_off: Names of optional passes that are left out.
     Raises: ValueError for a value out of range, TypeError for an unknown field.
     """
@@ -52,6 +56,7 @@ class Config:
     max_model_len: int | None = None
     block_size: int = 16
     kv_cache_memory_bytes: int | None = None
+    weight_check: str = "sampled"
     passes_off: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -64,6 +69,10 @@ class Config:
             raise ValueError(f"block_size must be 16, 32 or 64, got {self.block_size!r}")
         if self.kv_cache_memory_bytes is not None:
             check_int("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1, 1 << 50)
+        if self.weight_check not in WEIGHT_CHECKS:
+            raise ValueError(
+                f"weight_check must be one of {', '.join(WEIGHT_CHECKS)}, got {self.weight_check!r}"
+            )
         if isinstance(self.passes_off, str):
             raise ValueError(f"passes_off must be a sequence of names, got {self.passes_off!r}")
         object.__setattr__(self, "passes_off", tuple(self.passes_off))

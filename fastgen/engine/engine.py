@@ -52,6 +52,7 @@ class EngineCore:
     ) -> None:
         self.compiled, self.config, self.device = compiled, config, device
         self.max_model_len = max_model_len
+        self.epoch = 0
         self.poison_freed_blocks = False  # set by tests: whoever reads a freed block sees NaN
         self._scheduler: Scheduler | None = None
         self._runner: Runner | None = None
@@ -199,6 +200,15 @@ class EngineCore:
 
         self.wait_idle()
         self._mailbox.call(replace)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is queued or running; may be out of date when it is read."""
+        scheduler = self._scheduler
+        return scheduler is None or not scheduler.has_requests
+
+    def begin_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
 
     def close(self) -> None:
         """End all requests and the thread; later calls raise EngineClosedError."""
