@@ -232,7 +232,7 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _export(model: nn.Module) -> torch.export.ExportedProgram:
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    shared = {id(t): _exportable(t) for t in (*model.parameters(), *model.buffers())}
     try:
         clone: Any = copy.deepcopy(model, shared)
     except Exception as error:
@@ -273,6 +273,15 @@ def _export(model: nn.Module) -> torch.export.ExportedProgram:
             f"{type(model).__name__} cannot be traced into one graph: "
             f"{type(error).__name__}: {reason[0] if reason else ''}"
         ) from error
+
+
+def _exportable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor; export refuses those made under inference_mode: another over the same memory."""
+    if not tensor.is_inference():
+        return tensor
+    normal = torch.from_dlpack(tensor.detach())
+    parameter = isinstance(tensor, nn.Parameter)
+    return nn.Parameter(normal, requires_grad=False) if parameter else normal
 
 
 def _lift(model: nn.Module, program: torch.export.ExportedProgram) -> CapturedGraph:

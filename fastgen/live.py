@@ -64,7 +64,9 @@ class _Merged:
         start = self.tensor.data_ptr()
         end = start + self.tensor.numel() * self.tensor.element_size()
         alive = [ref() for ref in self.members]
-        return [member for member in alive if member is not None and start <= member.data_ptr() < end]
+        return [
+            member for member in alive if member is not None and start <= member.data_ptr() < end
+        ]
 
 
 class LiveWeights:

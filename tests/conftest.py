@@ -10,7 +10,7 @@ from tiny_models import FAMILIES, tiny_model
 
 import fastgen
 
-torch.set_num_threads(2)
+torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 @pytest.fixture(params=sorted(FAMILIES))
