@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 
 from .errors import UnsupportedModelError
-from .fingerprint import hooked_modules, marks_gradients
+from .fingerprint import hooked_modules, marks_gradients, places_inputs
 from .passes import BATCH_INPUTS, CapturedGraph, InputSpec
 
 ATTENTION_NAME = "fastgen"
@@ -240,7 +240,9 @@ def _export(model: nn.Module) -> torch.export.ExportedProgram:
             f"{type(model).__name__} cannot be copied for capture: {type(error).__name__}: {error}"
         ) from error
     clone.eval()
-    for module in clone.modules():
+    for module in clone.modules():  # what does nothing without gradients, on one device
+        if places_inputs(module):
+            del module.forward
         for key, hook in list(module._forward_hooks.items()):
             if marks_gradients(hook):
                 del module._forward_hooks[key]

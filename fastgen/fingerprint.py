@@ -9,12 +9,13 @@ from torch import nn
 
 _SCALARS = (int, float, bool, str, type(None))
 # What does not change the function that a module computes in evaluation mode: modes of training,
-# the dictionaries that every module has, and a note of transformers' that its hooks are in place.
+# the dictionaries that every module has, and notes of libraries that they have been here.
 _IGNORED_ATTRIBUTES = frozenset(
     {
         "training",
         "gradient_checkpointing",
         "_output_capturing_hooks_installed",
+        "_is_accelerate_prepared",
         *vars(nn.Module()),
     }
 )
@@ -43,13 +44,37 @@ def _is_harmless(hook: Any) -> bool:
     return getattr(hook, "__module__", None) == _OUTPUT_CAPTURE or marks_gradients(hook)
 
 
+def places_inputs(module: nn.Module) -> bool:
+    """Whether a module's own forward is accelerate's, and only moves inputs to the one device."""
+    attributes = vars(module)
+    function = getattr(attributes.get("forward"), "func", None)
+    where = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
+    if where != ("accelerate.hooks", "add_hook_to_module.<locals>.new_forward"):
+        return False
+    hook = attributes.get("_hf_hook")
+    for each in getattr(hook, "hooks", (hook,)):
+        kind = type(each)
+        if (kind.__module__, kind.__name__) != ("accelerate.hooks", "AlignDevicesHook"):
+            return False
+        if each.offload:  # pyright: ignore
+            return False
+    before = attributes.get("_old_forward")
+    return getattr(before, "__func__", None) is type(module).forward
+
+
+def _own_forward(module: nn.Module) -> Any:
+    """A forward of this very module that does not do what its class says, or None."""
+    own = vars(module).get("forward")
+    return None if own is None or places_inputs(module) else own
+
+
 def hooked_modules(model: nn.Module) -> list[str]:
     """Names of modules with forward hooks or forwards of their own, which a graph would skip."""
     names = []
     if _global_hooks():
         names.append("every module (torch.nn.modules.module)")
     for name, module in model.named_modules():
-        if _foreign_hooks(module) or "forward" in vars(module):
+        if _foreign_hooks(module) or _own_forward(module) is not None:
             names.append(name or type(module).__name__)
     return names
 
@@ -80,7 +105,7 @@ def fingerprint(model: nn.Module) -> tuple:
     ties: dict[int, int] = {}  # one number for each tensor, and one for each storage
     for name, module in model.named_modules(remove_duplicate=False):
         attributes = vars(module)
-        own = attributes.get("forward")
+        own = _own_forward(module)
         modules.append(
             (
                 name,

@@ -324,7 +324,7 @@ def replace_values(model):
 
 def toggle_training(model):
     model.train()
-    layer_of(model).eval()
+    model.model.layers[0].eval()
 
 
 def train(model):
