@@ -1,7 +1,9 @@
 """Checksums of weights: fast enough to look at every entry, all in torch, on the weights' device.
 
-A sum is taken of 32-bit words, each times a factor that depends on its place (mod 2**64), so that
-a changed word always changes it, and swapped or negated ones do too but for odds of 2**-32.
+A sum is taken of 64-bit words, each times an odd factor that depends on its place (mod 2**64), so
+that a changed word always changes it, and swapped ones do too but for odds of 2**-32 or less. A
+sign in a word's highest bit would pass every odd factor unchanged, and two of them cancel: it is
+folded into the lower half first.
 """
 
 from __future__ import annotations
@@ -32,15 +34,15 @@ def words_of(tensor: torch.Tensor, whole: bool) -> list[torch.Tensor]:
     Args:
         tensor: Any strides and dtype; gaps between its elements are looked at too.
         whole: Every byte; otherwise one cache line (64 bytes) of each page of 4 KiB.
-    Returns: int32 views (uint8 if the bytes cannot be cut into words), at most _CHUNK words each.
+    Returns: int64 views (uint8 if the bytes cannot be cut into words), at most _CHUNK words each.
     """
     if tensor.numel() == 0:
         return []
     span = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     flat = tensor.detach().as_strided((span,), (1,))
     size, offset = flat.element_size(), flat.storage_offset()
-    in_words = (span * size) % 4 == 0 and (offset * size) % 4 == 0
-    words = flat.view(torch.int32 if in_words else torch.uint8)
+    in_words = (span * size) % 8 == 0 and (offset * size) % 8 == 0
+    words = flat.view(torch.int64 if in_words else torch.uint8)
     page, line = (n // words.element_size() for n in (_PAGE_BYTES, _LINE_BYTES))
     if whole or words.numel() <= page:
         return list(words.split(_CHUNK))
@@ -50,6 +52,11 @@ def words_of(tensor: torch.Tensor, whole: bool) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def checksums(views: Iterable[torch.Tensor]) -> tuple[int, ...]:
-    """One number for each view. On an accelerator: two kernels for each, one synchronisation."""
-    sums = [(view * _factors(view.device)[: view.numel()].view(view.shape)).sum() for view in views]
+    """One number for each view. On an accelerator: four kernels for each, one synchronisation."""
+    sums = []
+    for view in views:
+        words = view.long()
+        folded = (words >> 32).bitwise_xor_(words)
+        folded.mul_(_factors(view.device)[: view.numel()].view(view.shape))
+        sums.append(folded.sum())
     return tuple(torch.stack(sums).tolist()) if sums else ()
