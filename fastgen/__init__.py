@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .api import explain, optimize, release_cache, restore
+    from .api import explain, optimize, release_cache, restore, weights_changed
     from .config import Config, SamplingParams
     from .errors import (
         CapacityError,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # Where each public name lives; imported at first use, so that `import fastgen` costs nothing.
 _HOMES = {
-    "api": ("explain", "optimize", "release_cache", "restore"),
+    "api": ("explain", "optimize", "release_cache", "restore", "weights_changed"),
     "config": ("Config", "SamplingParams"),
     "errors": (
         "CapacityError",
@@ -59,6 +59,7 @@ __all__ = [  # noqa: RUF022 - in the order of a reader's interest
     "restore",
     "explain",
     "release_cache",
+    "weights_changed",
     "Engine",
     "Config",
     "SamplingParams",

@@ -1,4 +1,4 @@
-"""optimize, restore, explain, release_cache: the only place where the parts are assembled."""
+"""optimize, restore, explain and their like: the only place where the parts are assembled."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import threading
 import time
 import weakref
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 from .capture import capture, check_model
 from .compiled import CompiledForward, compile_graph
@@ -17,9 +20,11 @@ from .config import Config
 from .engine.engine import EngineCore
 from .errors import NotOptimizedError, UnsupportedModelError
 from .explanation import Explanation
+from .fingerprint import fingerprint
 from .generate import TransformersLoop, patch, unpatch
-from .live import LiveWeights, fingerprint
+from .live import Change, LiveWeights
 from .versions import warn_of_untested_versions
+from .wrappers import replaces_inputs, unwrap, wrapper_refusal
 
 logger = logging.getLogger("fastgen")
 
@@ -28,54 +33,85 @@ Model = TypeVar("Model")
 # Which models are optimised. Weak on both sides: an OptimizedModel does not hold its model.
 _optimized: weakref.WeakKeyDictionary[Any, OptimizedModel] = weakref.WeakKeyDictionary()
 _registry_lock = threading.RLock()
+# Watches all optimizers while a model is optimised.
+_step_hook: RemovableHandle | None = None
+
+# Graphs kept for a model that changes to and fro, as an adapter is switched on and off.
+_NUM_GRAPHS_KEPT = 4
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """What was made of one fingerprint of the model; holds no weights while it is set aside."""
+
+    compiled: CompiledForward
+    device: torch.device
+    max_model_len: int
 
 
 class OptimizedModel:
-    """What fastgen keeps for one live model: its graph, its weights' memory, its engine.
+    """What fastgen keeps for one live model: its graphs, its weights' memory, its engine.
 
-    The graph belongs to a fingerprint of the model. At every entry the model is compared with it;
-    a model that was edited, moved or cast is captured again.
+    A graph belongs to a fingerprint of the model. At every entry the model is compared with it; a
+    model that was edited, moved or cast is captured again, and the last few graphs are kept for
+    one that changes back. Weights that changed begin a new `weight_epoch`.
     """
 
     def __init__(self, model: Any, config: Config) -> None:
         self.config = config
+        self.weight_epoch = 0
         self.fallbacks: Counter[str] = Counter()
         self.seconds: dict[str, float] = {}
         self.class_name = type(model).__name__
+        self.weights = LiveWeights(model, config.weight_check)
         self._lock = threading.RLock()
         self._engine: EngineCore | None = None
+        self._graphs: dict[tuple, _Graph] = {}  # the one used last is last
         self._refusal: str | None = None
-        self._build(model)
+        self._told_of_change = False
+        self._build(model, fingerprint(model))
 
-    def _build(self, model: Any) -> None:
+    def _build(self, model: Any, current: tuple) -> None:
         """Capture, rewrite and lay out the weights; a failure leaves the model as it was."""
+        graph = self._graphs.pop(current, None) or self._capture(model)
+        self._attach(graph.compiled)
+        self._graphs[current] = graph
+        while len(self._graphs) > _NUM_GRAPHS_KEPT:
+            del self._graphs[next(iter(self._graphs))]
+        self._graph, self.fingerprint = graph, current
+
+    def _capture(self, model: Any) -> _Graph:
         max_model_len = self._max_model_len(model)
-        current = fingerprint(model)
         start = time.perf_counter()
         captured = capture(model)
         self.seconds["capture"] = time.perf_counter() - start
         start = time.perf_counter()
         compiled = compile_graph(captured, self.config.passes_off)
         self.seconds["passes"] = time.perf_counter() - start
-        start = time.perf_counter()
-        weights = LiveWeights(model, compiled.merges)
-        self._attach(weights, compiled)
-        self.seconds["weights"] = time.perf_counter() - start
-        self.compiled: CompiledForward = compiled
-        self.weights = weights
-        self.device: torch.device = next(model.parameters()).device
-        self.fingerprint = current
-        self.max_model_len = max_model_len
+        return _Graph(compiled, next(model.parameters()).device, max_model_len)
 
-    @staticmethod
     @torch.inference_mode(False)  # parameters must not become inference tensors
-    def _attach(weights: LiveWeights, compiled: CompiledForward) -> None:
-        weights.attach()
+    def _attach(self, compiled: CompiledForward) -> None:
+        start = time.perf_counter()
+        self.weights.attach(compiled.merges)
         try:
-            compiled.bind(weights.resolve(compiled.weight_inputs))
+            compiled.bind(self.weights.resolve(compiled.weight_inputs))
         except BaseException:
-            weights.detach()
+            self.weights.detach()
             raise
+        self.seconds["weights"] = time.perf_counter() - start
+
+    @property
+    def compiled(self) -> CompiledForward:
+        return self._graph.compiled
+
+    @property
+    def device(self) -> torch.device:
+        return self._graph.device
+
+    @property
+    def max_model_len(self) -> int:
+        return self._graph.max_model_len
 
     def _max_model_len(self, model: Any) -> int:
         limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -97,39 +133,80 @@ class OptimizedModel:
 
         Raises: TransformersLoop if the model can no longer be captured.
         """
+        if (why := wrapper_refusal(model)) is not None:
+            raise TransformersLoop(why)
+        model = unwrap(model)
+        if replaces_inputs(model):
+            raise TransformersLoop("prepare_inputs_for_generation was replaced on the model")
         with self._lock:
             start = time.perf_counter()
-            if fingerprint(model) != self.fingerprint:
-                self._rebuild(model)
-            elif self._refusal is None and not self.weights.current():
-                self._rebind()
-            self.seconds["last check at entry"] = time.perf_counter() - start
+            current = fingerprint(model)
+            if current != self.fingerprint:
+                self._rebuild(model, current)
+            self.seconds["fingerprint at entry"] = time.perf_counter() - start
             if self._refusal is not None:
                 raise TransformersLoop(self._refusal)
+            self._follow_weights()
             return self.engine()
 
-    def _rebuild(self, model: Any) -> None:
-        logger.info("%s was changed; capturing it again", self.class_name)
+    def _rebuild(self, model: Any, current: tuple) -> None:
+        """The model became another: take the graph it had before, or capture it again."""
+        if current not in self._graphs:
+            logger.info("%s was changed; capturing it again", self.class_name)
         if self._engine is not None:
-            self._engine.wait_idle()
-        self.weights.detach()
-        self.fingerprint = fingerprint(model)
+            self._engine.wait_idle()  # requests end with the model they began with
+        self.compiled.unbind()
+        self.weights.let_go()
+        self.fingerprint = current
         self._refusal = "the changed model could not be captured"
         try:
-            self._build(model)
+            self._build(model, current)
         except UnsupportedModelError as error:
             self._refusal = f"the changed model is not supported: {error}"
             return
         self._refusal = None
         if self._engine is not None:
             self._engine.replace(self.compiled, self.device, self.max_model_len)
+        self._begin_epoch()
 
-    def _rebind(self) -> None:
-        """Parameters were replaced by others of the same shape: take theirs."""
+    def _follow_weights(self) -> None:
+        """Begin a new epoch if the weights changed; lay them out again if they moved.
+
+        Values are read only while the engine is idle: between the steps of an optimizer no request
+        runs, and between the requests of a server nobody should wait for it.
+        """
+        start = time.perf_counter()
+        told, self._told_of_change = self._told_of_change, False
+        idle = self._engine is None or self._engine.is_idle
+        change = self.weights.check(look_at_values=idle)
+        if change is Change.MEMORY:
+            if self._engine is not None:
+                self._engine.wait_idle()  # requests end with the weights they began with
+            self.compiled.unbind()
+            self.fingerprint = ()  # if this fails, the next entry begins anew
+            self._attach(self.compiled)
+            self.fingerprint = next(reversed(self._graphs))
+        elif change is Change.NONE and told:
+            self.weights.look_again()
+        if told or change is not Change.NONE:
+            self._begin_epoch()
+        if idle:
+            what = f"weight check ({self.config.weight_check})"
+            self.seconds[what] = time.perf_counter() - start
+
+    def _begin_epoch(self) -> None:
+        self.weight_epoch += 1
         if self._engine is not None:
-            self._engine.wait_idle()  # requests end with the weights they began with
-        self.weights.detach()
-        self._attach(self.weights, self.compiled)
+            self._engine.begin_epoch(self.weight_epoch)
+
+    def weights_changed(self) -> None:
+        """The next entry begins a new epoch, whatever it finds."""
+        self._told_of_change = True
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer made a step: was it over these weights?"""
+        if any(self.weights.holds_any(group["params"]) for group in optimizer.param_groups):
+            self._told_of_change = True
 
     def engine(self) -> EngineCore:
         with self._lock:
@@ -140,6 +217,7 @@ class OptimizedModel:
                     self.device,
                     self.max_model_len,
                 )
+                self._engine.begin_epoch(self.weight_epoch)
             return self._engine
 
     def release_cache(self) -> None:
@@ -190,7 +268,7 @@ def optimize(model: Model, config: Config | None = None, **fields: Any) -> Model
     before; the memory of merged parameters moves. Optimising again is a no-op.
 
     Args:
-        model: A transformers causal LM in memory, on one device.
+        model: A transformers causal LM in memory, on one device, or a PEFT model around one.
         config: A Config; **fields change single fields of it.
     Returns: the same model.
     Raises: UnsupportedModelError (the model is left untouched), ValueError or TypeError for a
@@ -207,16 +285,20 @@ def optimize(model: Model, config: Config | None = None, **fields: Any) -> Model
                     f"({existing.config}); call fastgen.restore(model) first"
                 )
             return model
-        check_model(model)
-        cls = type(model)
-        optimized = OptimizedModel(model, config)
+        if (why := wrapper_refusal(model)) is not None:
+            raise UnsupportedModelError(f"{why}, which transformers' loop alone can do")
+        inner = unwrap(model)
+        check_model(inner)
+        cls = type(inner)
+        optimized = OptimizedModel(inner, config)
         try:
             patch(cls, lookup)
         except BaseException:
             optimized.close()
             raise
-        _optimized[model] = optimized
-        weakref.finalize(model, _unpatch_if_unused, cls)
+        _optimized[inner] = optimized
+        weakref.finalize(inner, _clean_up, cls)
+        _watch_optimizers()
     logger.info(
         "optimised %s in %.1f s: %s",
         optimized.class_name,
@@ -227,9 +309,9 @@ def optimize(model: Model, config: Config | None = None, **fields: Any) -> Model
 
 
 def lookup(model: Any) -> OptimizedModel | None:
-    """What fastgen keeps for this very object, or None."""
+    """What fastgen keeps for this very object, or for the model in this PEFT wrapper, or None."""
     try:
-        return _optimized.get(model)
+        return _optimized.get(model) or _optimized.get(unwrap(model))
     except TypeError:  # not an object that can be referenced weakly
         return None
 
@@ -252,18 +334,36 @@ def restore(model: Model) -> Model:
     """
     with _registry_lock:
         require(model).close()
-        del _optimized[model]
-        _unpatch_if_unused(type(model))
+        inner = unwrap(model)
+        del _optimized[inner]
+        _clean_up(type(inner))
     return model
 
 
-def _unpatch_if_unused(cls: type) -> None:
+def _watch_optimizers() -> None:
+    global _step_hook
+    if _step_hook is None:
+        _step_hook = register_optimizer_step_post_hook(_after_step)
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for optimized in list(_optimized.values()):
+        optimized.after_step(optimizer)
+
+
+def _clean_up(cls: type) -> None:
+    """A model of this class is optimised no longer: take away what no other model needs."""
+    global _step_hook
     # Also called by the garbage collector, in any thread and whatever it holds: never wait there.
-    # A patch that stays finds no model and does nothing.
+    # A patch or a hook that stays finds no model and does nothing.
     if _registry_lock.acquire(blocking=False):
         try:
-            if not any(type(model) is cls for model in list(_optimized.keys())):
+            models = list(_optimized.keys())
+            if not any(type(model) is cls for model in models):
                 unpatch(cls)
+            if not models and _step_hook is not None:
+                _step_hook.remove()
+                _step_hook = None
         finally:
             _registry_lock.release()
 
@@ -282,3 +382,13 @@ def release_cache(model: Any) -> None:
     Raises: NotOptimizedError; FastgenError while requests are running.
     """
     require(model).release_cache()
+
+
+def weights_changed(model: Any) -> None:
+    """Say that weights were changed in place; the next call computes with nothing of the old ones.
+
+    Needed with `weight_check="manual"`, and for changes that its other settings cannot see.
+
+    Raises: NotOptimizedError.
+    """
+    require(model).weights_changed()

@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 
 from .errors import UnsupportedModelError
-from .live import hooked_modules
+from .fingerprint import hooked_modules, marks_gradients, places_inputs
 from .passes import BATCH_INPUTS, CapturedGraph, InputSpec
 
 ATTENTION_NAME = "fastgen"
@@ -171,11 +171,6 @@ def check_model(model: Any) -> None:
     from transformers import PreTrainedModel
 
     name = type(model).__name__
-    if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
-        raise UnsupportedModelError(
-            f"{name} is a PEFT wrapper; optimise the model inside it: "
-            "fastgen.optimize(model.get_base_model())"
-        )
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"fastgen.optimize needs a transformers PreTrainedModel, got {name}"
@@ -237,7 +232,7 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _export(model: nn.Module) -> torch.export.ExportedProgram:
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    shared = {id(t): _exportable(t) for t in (*model.parameters(), *model.buffers())}
     try:
         clone: Any = copy.deepcopy(model, shared)
     except Exception as error:
@@ -245,6 +240,12 @@ def _export(model: nn.Module) -> torch.export.ExportedProgram:
             f"{type(model).__name__} cannot be copied for capture: {type(error).__name__}: {error}"
         ) from error
     clone.eval()
+    for module in clone.modules():  # what does nothing without gradients, on one device
+        if places_inputs(module):
+            del module.forward
+        for key, hook in list(module._forward_hooks.items()):
+            if marks_gradients(hook):
+                del module._forward_hooks[key]
     clone.set_attn_implementation(ATTENTION_NAME)
     if clone.config._attn_implementation != ATTENTION_NAME:
         raise UnsupportedModelError(
@@ -274,6 +275,15 @@ def _export(model: nn.Module) -> torch.export.ExportedProgram:
             f"{type(model).__name__} cannot be traced into one graph: "
             f"{type(error).__name__}: {reason[0] if reason else ''}"
         ) from error
+
+
+def _exportable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor; export refuses those made under inference_mode: another over the same memory."""
+    if not tensor.is_inference():
+        return tensor
+    normal = torch.from_dlpack(tensor.detach())
+    parameter = isinstance(tensor, nn.Parameter)
+    return nn.Parameter(normal, requires_grad=False) if parameter else normal
 
 
 def _lift(model: nn.Module, program: torch.export.ExportedProgram) -> CapturedGraph:

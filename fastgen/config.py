@@ -13,6 +13,7 @@ INT32_MAX = 2**31 - 1
 SEED_MAX = 2**63 - 1
 MAX_OUTPUTS = 16384  # of one prompt: a caller's mistake must not fill the memory
 MAX_LOGPROBS = 1000  # per token, for the same reason
+WEIGHT_CHECKS = ("sampled", "full", "manual")
 
 
 def check_int(
@@ -48,6 +49,9 @@ class Config:
             most half of the memory that is free when the pool is created.
         prefix_cache: Keep the blocks of finished requests, and share blocks between requests that
             begin alike.
+        weight_check: How new weight values are noticed when torch's version counters do not show
+            them: "sampled" compares a cache line of every 4 KiB page before an idle engine starts,
+            "full" every byte, "manual" nothing: then tell `fastgen.weights_changed(model)`.
         passes_off: Names of optional passes that are left out.
     Raises: ValueError for a value out of range, TypeError for an unknown field.
     """
@@ -58,6 +62,7 @@ class Config:
     block_size: int = 16
     kv_cache_memory_bytes: int | None = None
     prefix_cache: bool = True
+    weight_check: str = "sampled"
     passes_off: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -72,6 +77,10 @@ class Config:
             check_int("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1, 1 << 50)
         if not isinstance(self.prefix_cache, bool):
             raise ValueError(f"prefix_cache must be a bool, got {self.prefix_cache!r}")
+        if self.weight_check not in WEIGHT_CHECKS:
+            raise ValueError(
+                f"weight_check must be one of {', '.join(WEIGHT_CHECKS)}, got {self.weight_check!r}"
+            )
         if isinstance(self.passes_off, str):
             raise ValueError(f"passes_off must be a sequence of names, got {self.passes_off!r}")
         object.__setattr__(self, "passes_off", tuple(self.passes_off))

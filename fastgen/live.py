@@ -1,94 +1,72 @@
-"""What is watched on a live model: its fingerprint, and the memory its weights live in."""
+"""The weights of a live model: the memory they share with a graph, and whether they changed."""
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import weakref
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from .checksum import checksums, words_of
+from .errors import UnsupportedModelError
 from .passes import InputSpec, MergePlan
 
-_SCALARS = (int, float, bool, str, type(None))
-# What does not change the function that a module computes in evaluation mode: modes of training,
-# the dictionaries that every module has, and a note of transformers' that its hooks are in place.
-_IGNORED_ATTRIBUTES = {
-    "training",
-    "gradient_checkpointing",
-    "_output_capturing_hooks_installed",
-    *vars(nn.Module()),
-}
+
+class Change(enum.Enum):
+    """What `LiveWeights.check` found."""
+
+    NONE = "none"
+    VALUES = "values"  # in place: whoever reads the memory sees them
+    MEMORY = "memory"  # a weight is another tensor now, or lies elsewhere: lay out again
 
 
-def hooked_modules(model: nn.Module) -> list[str]:
-    """Names of modules with forward hooks or forwards of their own, which a graph would skip.
+@dataclass(frozen=True)
+class _Watched:
+    """A parameter or buffer as it was when it was last looked at."""
 
-    transformers' own hooks that collect hidden states are inactive unless asked for, and left out.
-    """
-    names = []
-    for name, module in model.named_modules():
-        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        foreign = [hook for hook in hooks if not _is_output_capture(hook)]
-        if foreign or "forward" in vars(module):
-            names.append(name or type(module).__name__)
-    return names
+    module: str
+    attribute: str
+    tensor: weakref.ref[torch.Tensor]
+    memory: tuple
+    version: int | None
 
-
-def _is_output_capture(hook: Any) -> bool:
-    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
-
-
-def fingerprint(model: nn.Module) -> tuple:
-    """Everything that a captured graph has frozen: equal fingerprints, same graph.
-
-    Module tree, the code of every forward, plain attributes (scales, epsilons, adapter state),
-    hooks, names, shapes, dtypes, devices and ties of parameters and buffers, and the config.
-    """
-    modules = []
-    for name, module in model.named_modules():
-        attributes = vars(module)
-        modules.append(
-            (
-                name,
-                type(module),
-                type(module).forward,
-                attributes.get("forward"),
-                tuple(id(h) for h in module._forward_hooks.values() if not _is_output_capture(h)),
-                tuple(map(id, module._forward_pre_hooks.values())),
-                tuple(
-                    (key, repr(value))
-                    for key, value in attributes.items()
-                    if key not in _IGNORED_ATTRIBUTES and _is_plain(value)
-                ),
-            )
-        )
-    tensors: dict[int, int] = {}
-    named = (
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    )
-    weights = tuple(
-        (name, tensor.shape, tensor.dtype, tensor.device, tensors.setdefault(id(tensor), index))
-        for index, (name, tensor) in enumerate(named)
-    )
-    return tuple(modules), weights, repr(vars(getattr(model, "config", None)))
-
-
-def _is_plain(value: Any) -> bool:
-    """A scalar, or a container of nothing but plain values (a LoRA layer's scales are a dict)."""
-    match value:
-        case dict():
-            return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
-        case list() | tuple() | set() | frozenset():
-            return all(map(_is_plain, value))
-    return isinstance(value, _SCALARS)
+    @classmethod
+    def of(cls, name: str, tensor: torch.Tensor) -> _Watched:
+        module, _, attribute = name.rpartition(".")
+        return cls(module, attribute, weakref.ref(tensor), memory_of(tensor), version_of(tensor))
 
 
 def memory_of(tensor: torch.Tensor) -> tuple:
-    """Where a tensor's elements lie; changes when the tensor is replaced, moved or cast."""
+    """Where a tensor's elements lie; changes when the tensor is moved, cast or reshaped."""
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def version_of(tensor: torch.Tensor) -> int | None:
+    """torch's count of changes in place; None for a tensor made under inference_mode."""
+    return None if tensor.is_inference() else tensor._version
+
+
+@dataclass(frozen=True)
+class _Merged:
+    """A merged weight, and the parameters that lie in it, whatever they are called by now."""
+
+    tensor: torch.Tensor
+    members: tuple[weakref.ref[torch.Tensor], ...]
+    rows: list[int]
+
+    def residents(self) -> list[torch.Tensor]:
+        """The members that are alive and have not been moved away."""
+        start = self.tensor.data_ptr()
+        end = start + self.tensor.numel() * self.tensor.element_size()
+        alive = [ref() for ref in self.members]
+        return [
+            member for member in alive if member is not None and start <= member.data_ptr() < end
+        ]
 
 
 class LiveWeights:
@@ -96,58 +74,150 @@ class LiveWeights:
 
     Merged weights own the memory, and every member parameter is given a storage of its own over
     its part of it, so that no parameter exists twice, every way of saving sees whole tensors, and
-    an optimizer step in place reaches the merged weight. The model is referenced weakly.
+    an optimizer step in place reaches the merged weight. Model and parameters are referenced
+    weakly.
+
+    Args:
+        weight_check: How `check` looks for values that changed without a new version; see Config.
     """
 
-    def __init__(self, model: nn.Module, plans: Iterable[MergePlan]) -> None:
+    def __init__(self, model: nn.Module, weight_check: str = "sampled") -> None:
+        self.weight_check = weight_check
         self._model = weakref.ref(model)
-        self._plans = tuple(plans)
-        self._merged: dict[str, torch.Tensor] = {}
-        self._memory: dict[str, tuple] = {}
+        self._merged: dict[MergePlan, _Merged] = {}
+        self._watched: list[_Watched] = []
+        self._words: list[torch.Tensor] = []
+        self._sums: tuple[int, ...] = ()
+        self._ids: frozenset[int] = frozenset()
 
-    def attach(self) -> None:
-        """Lay out the merged weights, one at a time, from the parameters as they are now."""
-        model = self._require_model()
+    def attach(self, plans: Iterable[MergePlan]) -> None:
+        """Lay out these merged weights and no others, one at a time.
+
+        A plan that is laid out already, by the same parameters, stays as it is. After a failure
+        nothing is laid out.
+        """
+        plans, model = tuple(plans), self._require_model()
+        self._forget()
         try:
-            for plan in self._plans:
-                self._merged[plan.name] = _merge(model, plan)
+            for plan in list(self._merged):
+                if plan not in plans or not self._in_place(plan):
+                    _split(self._merged.pop(plan))
+            for plan in plans:
+                if plan not in self._merged:
+                    self._merged[plan] = _merge(model, plan)
         except BaseException:
             self.detach()
             raise
 
     def detach(self) -> None:
-        """Give every member parameter memory of its own again; a no-op for a model that is gone."""
-        model = self._model()
-        for plan in self._plans if model is not None else ():
-            merged = self._merged.pop(plan.name, None)
-            if merged is not None:
-                _split(model, plan, merged)  # pyright: ignore
-        self._merged.clear()
+        """Give every member parameter memory of its own again."""
+        self._forget()
+        while self._merged:
+            _, merged = self._merged.popitem()
+            _split(merged)
+            del merged  # before the next is split: one layer at a time exists twice
+
+    def let_go(self) -> None:
+        """Forget the merged weights that no parameter lies in any more, and watch nothing."""
+        self._forget()
+        for plan, merged in list(self._merged.items()):
+            if not merged.residents():
+                del self._merged[plan]
 
     def resolve(self, inputs: Iterable[InputSpec]) -> dict[InputSpec, torch.Tensor]:
-        """The tensor of each parameter, buffer or merged input, and note where it lies."""
+        """The tensor of each parameter, buffer or merged input; from now on they are watched.
+
+        Raises: UnsupportedModelError for a weight whose values cannot be watched.
+        """
         model = self._require_model()
-        found = {}
+        found, watched = {}, {}
+        merged = {plan.name: merged.tensor for plan, merged in self._merged.items()}
         for spec in inputs:
             match spec.kind:
                 case "parameter":
-                    found[spec] = model.get_parameter(spec.target).detach()
+                    watched[spec.target] = model.get_parameter(spec.target)
+                    found[spec] = watched[spec.target].detach()
                 case "buffer":
-                    found[spec] = model.get_buffer(spec.target)
+                    found[spec] = watched[spec.target] = model.get_buffer(spec.target)
                 case "merged":
-                    found[spec] = self._merged[spec.target]
-        names = {spec.target for spec in found if spec.kind != "merged"}
-        names.update(member for plan in self._plans for member in plan.members)
-        self._memory = {name: memory_of(_tensor(model, name)) for name in names}
+                    found[spec] = merged[spec.target]
+        for plan in self._merged:
+            watched.update((name, model.get_parameter(name)) for name in plan.members)
+        self._watch(watched)
         return found
 
-    def current(self) -> bool:
-        """Whether every tensor still lies where `resolve` found it."""
-        model = self._require_model()
-        try:
-            return all(memory_of(_tensor(model, name)) == at for name, at in self._memory.items())
-        except AttributeError:
-            return False
+    def _watch(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._watched = [_Watched.of(name, tensor) for name, tensor in tensors.items()]
+        self._ids = frozenset(map(id, tensors.values()))
+        if self.weight_check == "manual":
+            return
+        whole = {merged.tensor.data_ptr(): merged.tensor for merged in self._merged.values()}
+        members = {name for plan in self._merged for name in plan.members}
+        for name, tensor in tensors.items():
+            if name in members:
+                continue  # looked at as part of the merged weight
+            if type(tensor) not in (torch.Tensor, nn.Parameter):
+                raise UnsupportedModelError(
+                    f"{name} is a {type(tensor).__name__}, whose values cannot be watched; "
+                    'weight_check="manual" leaves that to you'
+                )
+            whole[tensor.data_ptr()] = tensor
+        with torch.inference_mode(False), torch.no_grad():
+            every_byte = self.weight_check == "full"
+            self._words = [view for t in whole.values() for view in words_of(t, every_byte)]
+        self._sums = checksums(self._words)
+
+    def _forget(self) -> None:
+        """Watch nothing, and hold nothing that would keep the memory of a weight."""
+        self._watched, self._words, self._sums, self._ids = [], [], (), frozenset()
+
+    def check(self, look_at_values: bool = True) -> Change:
+        """Whether the weights changed since `resolve`, or the last call that said VALUES.
+
+        Args:
+            look_at_values: Also compare checksums, as `weight_check` says.
+        """
+        change = Change.NONE
+        modules = dict(self._require_model().named_modules(remove_duplicate=False))
+        for watched in self._watched:
+            tensor = _tensor(modules.get(watched.module), watched.attribute)
+            if (
+                tensor is None
+                or tensor is not watched.tensor()
+                or memory_of(tensor) != watched.memory
+            ):
+                return Change.MEMORY
+            if version_of(tensor) != watched.version:
+                change = Change.VALUES
+        if change is Change.NONE and look_at_values and checksums(self._words) != self._sums:
+            change = Change.VALUES
+        if change is Change.VALUES:
+            self.look_again()
+        return change
+
+    def look_again(self) -> None:
+        """Take the values as they are now for those to compare with."""
+        self._watched = [
+            dataclasses.replace(watched, version=version_of(tensor))
+            for watched in self._watched
+            if (tensor := watched.tensor()) is not None
+        ]
+        self._sums = checksums(self._words)
+
+    def holds_any(self, tensors: Iterable[Any]) -> bool:
+        """Whether one of these very tensors is watched."""
+        return any(id(tensor) in self._ids for tensor in tensors)
+
+    def _in_place(self, plan: MergePlan) -> bool:
+        """Whether the parameters a plan names are those in its merged weight, where they belong."""
+        model, merged = self._require_model(), self._merged[plan]
+        for name, ref, part in zip(
+            plan.members, merged.members, merged.tensor.split(merged.rows), strict=True
+        ):
+            parameter = model.get_parameter(name)
+            if parameter is not ref() or memory_of(parameter) != memory_of(part):
+                return False
+        return True
 
     def _require_model(self) -> nn.Module:
         model = self._model()
@@ -155,34 +225,32 @@ class LiveWeights:
         return model
 
 
-def _tensor(model: nn.Module, name: str) -> torch.Tensor:
-    module_name, _, attribute = name.rpartition(".")
-    return getattr(model.get_submodule(module_name), attribute)
+def _tensor(module: nn.Module | None, attribute: str) -> torch.Tensor | None:
+    if module is None:
+        return None
+    tensor = module._parameters.get(attribute)
+    return module._buffers.get(attribute) if tensor is None else tensor
 
 
-@torch.inference_mode(False)
+@torch.inference_mode(False)  # parameters must not become inference tensors
 @torch.no_grad()
-def _merge(model: nn.Module, plan: MergePlan) -> torch.Tensor:
+def _merge(model: nn.Module, plan: MergePlan) -> _Merged:
     members = [model.get_parameter(name) for name in plan.members]
     rows = [member.shape[0] for member in members]
     first = members[0]
     merged = torch.empty((sum(rows), *first.shape[1:]), dtype=first.dtype, device=first.device)
-    for member, part in zip(members, merged.split(rows), strict=True):
+    # Through dlpack a part becomes a storage of its own: a slice would drag the whole merged
+    # storage along wherever a single parameter is saved.
+    parts = [torch.from_dlpack(part) for part in merged.split(rows)]
+    for member, part in zip(members, parts, strict=True):
         part.copy_(member)
-        # Through dlpack the part becomes a storage of its own: a slice would drag the whole
-        # merged storage along wherever a single parameter is saved.
-        member.data = torch.from_dlpack(part)
-    return merged
+    for member, part in zip(members, parts, strict=True):
+        member.data = part
+    return _Merged(merged, tuple(map(weakref.ref, members)), rows)
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _split(model: nn.Module, plan: MergePlan, merged: torch.Tensor) -> None:
-    start, size = merged.data_ptr(), merged.numel() * merged.element_size()
-    for name in plan.members:
-        try:
-            member = model.get_parameter(name)
-        except AttributeError:
-            continue  # the user has taken this module out of the model
-        if start <= member.data_ptr() < start + size:
-            member.data = member.data.clone()
+def _split(merged: _Merged) -> None:
+    for member in merged.residents():
+        member.data = member.data.clone()

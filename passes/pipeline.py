@@ -121,5 +121,5 @@ def check_values(before: CapturedGraph, after: CapturedGraph) -> None:
     mode = fake_mode_of(after.placeholders())
     FakeTensorProp(after.module, mode).propagate_dont_convert_inputs(*values)
     new = after.output_value()
-    assert old.dtype == new.dtype, f"logits were {old.dtype}, are {new.dtype}"
-    assert str(old.shape) == str(new.shape), f"logits were {old.shape}, are {new.shape}"
+    assert old.dtype == new.dtype, f"outputs were {old.dtype}, are {new.dtype}"
+    assert str(old.shape) == str(new.shape), f"outputs were {old.shape}, are {new.shape}"

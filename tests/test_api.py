@@ -230,7 +230,7 @@ def test_cast_after_optimize_is_captured_again(optimized):
     assert got.shape == expected.shape
     assert fastgen.explain(optimized).spec.layers[0].dtype is torch.bfloat16
     merged = fastgen.api.require(optimized).weights._merged
-    assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
+    assert {item.tensor.dtype for item in merged.values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("how", ["data", "assign", "module", "config", "in place"])

@@ -64,6 +64,7 @@ CONFIG_GOOD = {
     "max_model_len": [None, 1, 4096, 2**31 - 1],
     "block_size": [16, 32, 64],
     "kv_cache_memory_bytes": [None, 1, 2**31, 2**40, 1 << 50],
+    "weight_check": ["sampled", "full", "manual"],
     "passes_off": [(), ("merge_linears",), ["a", "b"]],
 }
 CONFIG_BAD = {
@@ -72,6 +73,7 @@ CONFIG_BAD = {
     "max_model_len": [0, -1, *HUGE, *NOT_INTS],
     "block_size": [0, 1, 8, 15, 17, 48, 128, -16, *HUGE, None, 16.0, 64.0, "16", *NOT_INTS],
     "kv_cache_memory_bytes": [0, -1, (1 << 50) + 1, 2**63, 10**400, *NOT_INTS],
+    "weight_check": ["", "Sampled", "never", None, True, 1],
     "passes_off": ["merge_linears", ""],
 }
 
@@ -100,6 +102,7 @@ def test_config_defaults():
         "max_model_len": None,
         "block_size": 16,
         "kv_cache_memory_bytes": None,
+        "weight_check": "sampled",
         "passes_off": (),
     }
 

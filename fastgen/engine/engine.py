@@ -53,6 +53,7 @@ class EngineCore:
     ) -> None:
         self.compiled, self.config, self.device = compiled, config, device
         self.max_model_len = max_model_len
+        self.epoch = 0
         self.poison_freed_blocks = False  # set by tests: whoever reads a freed block sees NaN
         self._scheduler: Scheduler | None = None
         self._runner: Runner | None = None
@@ -210,7 +211,7 @@ class EngineCore:
     def begin_epoch(self, epoch: int) -> None:
         """The weights have changed: no block that was computed before is found any more.
 
-        Requests must have ended (`wait_idle`), or they go on with keys and values of both.
+        Requests that run go on, and what they compute is found by nobody.
         """
 
         def begin() -> None:
@@ -222,8 +223,9 @@ class EngineCore:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request is left."""
-        return not self._mailbox.call(lambda: self._scheduler and self._scheduler.has_requests)
+        """Whether no request is queued or running; may be out of date when it is read."""
+        scheduler = self._scheduler
+        return scheduler is None or not scheduler.has_requests
 
     def close(self) -> None:
         """End all requests and the thread; later calls raise EngineClosedError."""
