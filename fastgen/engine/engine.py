@@ -58,7 +58,6 @@ class EngineCore:
         self._scheduler: Scheduler | None = None
         self._runner: Runner | None = None
         self._sampling: dict[int, SamplingState] = {}
-        self._epoch = 0
         self._counters = dict.fromkeys(
             ("engine_steps", "computed_tokens", "prompt_tokens", "output_tokens"), 0
         )
@@ -215,7 +214,7 @@ class EngineCore:
         """
 
         def begin() -> None:
-            self._epoch = epoch
+            self.epoch = epoch
             if self._scheduler is not None:
                 self._scheduler.pool.forget_all()
 
@@ -271,7 +270,7 @@ class EngineCore:
                 self._sampling[request.request_id] = SamplingState(request, self.device)
             if self.config.prefix_cache:
                 request.cache_root = root_digest(
-                    self._epoch, self.compiled.graph_id, request.cache_salt
+                    self.epoch, self.compiled.graph_id, request.cache_salt
                 )
             self._counters["prompt_tokens"] += len(request.prompt_token_ids)
             self._scheduler.add(request)
