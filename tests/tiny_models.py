@@ -4,8 +4,6 @@ Weights are scaled so that tokens vary, and what transformers initialises to zer
 norms, sinks) is random: either would hide a mistake.
 """
 
-from collections.abc import Callable
-
 import torch
 import transformers
 
@@ -13,7 +11,7 @@ import fastgen
 
 VOCAB = 128
 WINDOW = 12
-_SIZES = {
+SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -30,7 +28,7 @@ _WINDOW_FIRST = ["sliding_attention", "full_attention"]
 _WINDOW_LAST = ["full_attention", "sliding_attention"]
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
-# Model class, and the fields in which its configuration differs from _SIZES: two layers that show
+# Model class, and the fields in which its configuration differs from SIZES: two layers that show
 # what is special of the family. A scale that is not 1 / sqrt(head_dim) shows whether it is used.
 _FAMILIES: dict[str, tuple[str, dict]] = {
     "llama": ("LlamaForCausalLM", {}),
@@ -131,7 +129,7 @@ def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, *
     class_name, own = _FAMILIES[family]
     model_class = getattr(transformers, class_name)
     torch.manual_seed(seed)
-    model = model_class(model_class.config_class(**{**_SIZES, **own, **fields}))
+    model = model_class(model_class.config_class(**{**SIZES, **own, **fields}))
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if name.endswith("bias"):
