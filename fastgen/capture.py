@@ -280,6 +280,7 @@ def capture(model: Any) -> CapturedGraph:
         _check_mutations(captured)
         _resolve_masks(captured)
         _check_layers(model, captured)
+        _check_kept_tokens(model, captured)
         check_packing(model, captured)
     return captured
 
@@ -413,6 +414,28 @@ def _check_layers(model: nn.Module, captured: CapturedGraph) -> None:
             f"{type(model).__name__} has {captured.num_layers} layers, and {sum(found.values())} "
             f"attentions were seen; layers without: {missing}, with more than one: {twice}"
         )
+
+
+def _check_kept_tokens(model: Any, captured: CapturedGraph) -> None:
+    """Refuse a layer whose cache, in transformers' loop, forgets tokens that its mask shows.
+
+    generate() then differs from the forward (Moshi has a window in its cache only).
+    """
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    for node in captured.graph.nodes:
+        if node.target is not torch.ops.fastgen.attention.default:
+            continue
+        window, layer_idx = node.args[5], node.args[8]
+        if layer_idx >= len(cache.layers):
+            continue  # it reads the keys of an earlier layer
+        kept = getattr(cache.layers[layer_idx], "sliding_window", None)
+        if kept and not 0 < window <= kept:
+            raise UnsupportedModelError(
+                f"layer {layer_idx} has a mask with window {window}, and in transformers' loop its "
+                f"cache keeps {kept} tokens"
+            )
 
 
 def _parameter_refusals(model: nn.Module) -> dict[str, str]:

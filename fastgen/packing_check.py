@@ -7,26 +7,28 @@ instead of their position, would be captured without a complaint and compute som
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx, nn
 
 from .errors import UnsupportedModelError
 from .passes import CapturedGraph
 
-# Two sequences of 3 and 5 tokens, one after the other and mixed: rows of the first in the second.
-_POSITIONS = (0, 1, 2, 0, 1, 2, 3, 4)
+# Tokens of two sequences, their positions, and another order of them.
 _SEQUENCES = ((0, 1, 2), (3, 4, 5, 6, 7))
+_POSITIONS = (0, 1, 2, 0, 1, 2, 3, 4)
 _MIXED = (3, 0, 4, 5, 1, 6, 2, 7)
 
 
 class _Forward(fx.Interpreter):
-    """Runs a captured graph, attention within each sequence alone, whatever the rows' order."""
+    """Runs a captured graph over tokens in any order, attention within each sequence alone."""
 
     def __init__(self, module: fx.GraphModule, order: torch.Tensor) -> None:
         super().__init__(module)
         self.order, self.place = order, order.argsort()
 
-    def call_function(self, target, args, kwargs):
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is not torch.ops.fastgen.attention.default:
             return super().call_function(target, args, kwargs)
         query, key, value, *rest = args

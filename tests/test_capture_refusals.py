@@ -229,6 +229,22 @@ def refused_norm_over_tokens(patch):
     return tiny_model("llama")
 
 
+def refused_window_of_the_cache_alone(patch):
+    """Its mask shows all tokens, but in transformers' loop the cache keeps the last 12."""
+    config = transformers.MoshiConfig(
+        vocab_size=128,
+        hidden_size=64,
+        ffn_dim=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        head_dim=16,
+        max_position_embeddings=512,
+        sliding_window=12,
+        pad_token_id=0,
+    )
+    return transformers.MoshiForCausalLM(config)
+
+
 def refused_recurrent(patch):
     config = transformers.MambaConfig(vocab_size=128, hidden_size=64, num_hidden_layers=2)
     return transformers.MambaForCausalLM(config)
@@ -359,6 +375,7 @@ REASONS = {
     refused_positions_of_its_own: r"does not keep sequences apart",
     refused_token_shift: r"does not keep sequences apart",
     refused_norm_over_tokens: r"does not keep sequences apart",
+    refused_window_of_the_cache_alone: r"layer 0 has a mask with window 0, .*cache keeps 12 tokens",
     refused_recurrent: r"Mamba.* kind that is not understood: linear_attention \(layers \[0, 1\]\)",
     refused_hybrid: r"Lfm2.* kind that is not understood: conv \(layers \[0\]\)",
     refused_chunked_layers: r"kind that is not understood: chunked_attention \(layers \[0\]\)",
@@ -387,6 +404,22 @@ def test_refused_by_name_and_untouched(build, reason, monkeypatch):
     with pytest.raises(UnsupportedModelError, match=reason):
         capture(model)
     assert_untouched(model, before)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [refused_recurrent, refused_hybrid, refused_longrope, refused_own_attention],
+    ids=lambda build: build.__name__.removeprefix("refused_"),
+)
+def test_a_refused_model_generates_as_before(build, monkeypatch):
+    model = build(monkeypatch).eval()
+    arguments = {"input_ids": torch.tensor([[5, 6, 7]]), "max_new_tokens": 5, "do_sample": False}
+    expected = model.generate(**arguments)
+    with pytest.raises(UnsupportedModelError, match=REASONS[build]):
+        fastgen.optimize(model)
+    assert fastgen.api.lookup(model) is None
+    assert type(model).generate is transformers.GenerationMixin.generate
+    assert torch.equal(model.generate(**arguments), expected)
 
 
 @pytest.mark.parametrize(
