@@ -20,6 +20,7 @@ from torch import fx, nn
 
 from .errors import UnsupportedModelError
 from .fingerprint import hooked_modules, marks_gradients, places_inputs
+from .packing_check import check_packing
 from .passes import BATCH_INPUTS, CapturedGraph, InputSpec
 
 ATTENTION_NAME = "fastgen"
@@ -32,6 +33,16 @@ _IGNORED_KWARGS = {
     "use_cache",
     "output_attentions",
     "output_router_logits",
+}
+
+# Kinds of layers, by the names that configurations give them, that attend to all earlier tokens or
+# to a window of them and keep nothing else. Which window, the masks say.
+_LAYER_KINDS = {"full_attention", "sliding_attention", "attention"}
+
+# What the forward must take, and why the tokens of many sequences cannot share a call without it.
+_NEEDED_ARGUMENTS = {
+    "position_ids": "cannot be told where tokens of different sequences stand",
+    "logits_to_keep": "would compute the logits of every token of a prompt",
 }
 
 # torch.export keeps global state: one capture at a time in a process.
@@ -112,8 +123,9 @@ def _mask_forward(
     """What transformers calls to make a mask while a graph is captured."""
     window = _causal_window(mask_function)
     if window is None:
-        name = getattr(mask_function, "__qualname__", repr(mask_function))
-        raise UnsupportedModelError(f"mask function {name} is neither causal nor a sliding window")
+        raise UnsupportedModelError(
+            f"mask function {_mask_name(mask_function)} is neither causal nor a sliding window"
+        )
     if attention_mask is None:
         raise UnsupportedModelError("a mask was made without the padding mask of the call")
     return mask_marker(attention_mask, "causal", window)
@@ -134,6 +146,15 @@ def _causal_window(mask_function: Any) -> int | None:
     if not others[0].__qualname__.startswith("sliding_window_overlay.<locals>"):
         return None
     return int(inspect.getclosurevars(others[0]).nonlocals["sliding_window"])
+
+
+def _mask_name(mask_function: Any) -> str:
+    """What to call a mask function in an error: its parts too, if it is made of others."""
+    name = getattr(mask_function, "__qualname__", repr(mask_function)).split(".<locals>")[0]
+    if name in ("and_masks", "or_masks"):
+        parts = inspect.getclosurevars(mask_function).nonlocals.get("mask_functions", ())
+        name += f"({', '.join(map(_mask_name, parts))})"
+    return name
 
 
 def _register() -> None:
@@ -189,10 +210,12 @@ def check_model(model: Any) -> None:
         raise UnsupportedModelError(
             f"{name} is split over {', '.join(map(str, devices))}; put it on one device first"
         )
+    _check_layer_kinds(model)
+    _check_rope(model)
     parameters = inspect.signature(model.forward).parameters
-    for needed in ("position_ids", "logits_to_keep"):
+    for needed, reason in _NEEDED_ARGUMENTS.items():
         if needed not in parameters:
-            raise UnsupportedModelError(f"{name}.forward takes no {needed}")
+            raise UnsupportedModelError(f"{name}.forward takes no {needed} and {reason}")
     if hooked := hooked_modules(model):
         raise UnsupportedModelError(
             f"forward hooks or replaced forwards on {', '.join(hooked[:3])} would be skipped; "
@@ -204,10 +227,38 @@ def check_model(model: Any) -> None:
         )
 
 
+def _check_layer_kinds(model: Any) -> None:
+    """Refuse layers that are no plain attention (recurrent, convolutional, indexed, chunked)."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    others: dict[str, list[int]] = {}
+    for layer, kind in enumerate(kinds or ()):
+        if kind not in _LAYER_KINDS:
+            others.setdefault(kind, []).append(layer)
+    if others:
+        listed = ", ".join(f"{kind} (layers {layers})" for kind, layers in others.items())
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has layers of a kind that is not understood: {listed}"
+        )
+
+
+def _check_rope(model: nn.Module) -> None:
+    """Refuse frequencies that follow the largest position of a call: many sequences share it."""
+    for name, module in model.named_modules():
+        kinds = getattr(module, "rope_type", None)
+        for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
+            if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):
+                raise UnsupportedModelError(
+                    f"{name} is RoPE of type {kind!r}, whose frequencies depend on the longest "
+                    "sequence of a call"
+                )
+
+
 def capture(model: Any) -> CapturedGraph:
     """Trace a model's forward over packed tokens into one graph.
 
     The model is not touched: what is traced is a copy of its modules over the same parameters.
+    The graph is run twice on 8 tokens, to see that nothing but attention joins tokens.
 
     Raises: UnsupportedModelError, naming what is not understood.
     """
@@ -220,10 +271,12 @@ def capture(model: Any) -> CapturedGraph:
     ):
         _register()
         program = _export(model)
-    captured = _lift(model, program)
-    _check_mutations(captured)
-    _resolve_masks(captured)
-    _check_layers(model, captured)
+        captured = _lift(model, program)
+        _check_mutations(captured)
+        _resolve_masks(captured)
+        _check_layers(model, captured)
+        _check_kept_tokens(model, captured)
+        check_packing(model, captured)
     return captured
 
 
@@ -371,6 +424,28 @@ def _check_layers(model: nn.Module, captured: CapturedGraph) -> None:
             f"{type(model).__name__} has {captured.num_layers} layers, and {sum(found.values())} "
             f"attentions were seen; layers without: {missing}, with more than one: {twice}"
         )
+
+
+def _check_kept_tokens(model: Any, captured: CapturedGraph) -> None:
+    """Refuse a layer whose cache, in transformers' loop, forgets tokens that its mask shows.
+
+    generate() then differs from the forward (Moshi has a window in its cache only).
+    """
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    for node in captured.graph.nodes:
+        if node.target is not torch.ops.fastgen.attention.default:
+            continue
+        window, layer_idx = node.args[5], node.args[8]
+        if layer_idx >= len(cache.layers):
+            continue  # it reads the keys of an earlier layer
+        kept = getattr(cache.layers[layer_idx], "sliding_window", None)
+        if kept and not 0 < window <= kept:
+            raise UnsupportedModelError(
+                f"layer {layer_idx} has a mask with window {window}, and in transformers' loop its "
+                f"cache keeps {kept} tokens"
+            )
 
 
 def _parameter_refusals(model: nn.Module) -> dict[str, str]:

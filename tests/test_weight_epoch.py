@@ -220,7 +220,7 @@ def test_values_are_not_read_while_requests_run(monkeypatch):
     )
     engine = fastgen.Engine(model)
     long = engine.submit(ROW, fastgen.SamplingParams(max_tokens=400, temperature=0.0))
-    long.next_event()
+    long.events.get(timeout=20)
     engine.submit(ROW, fastgen.SamplingParams(max_tokens=2, temperature=0.0))
     engine.cancel(long)
     optimized.engine().wait_idle()
