@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 import weakref
@@ -18,6 +19,7 @@ from .capture import capture, check_model
 from .compiled import CompiledForward, compile_graph
 from .config import Config
 from .engine.engine import EngineCore
+from .engine.kv_cache import free_memory_bytes
 from .errors import NotOptimizedError, UnsupportedModelError
 from .explanation import Explanation
 from .fingerprint import fingerprint
@@ -86,9 +88,19 @@ class OptimizedModel:
         captured = capture(model)
         self.seconds["capture"] = time.perf_counter() - start
         start = time.perf_counter()
+        device = next(model.parameters()).device
+        captured.pack_budget_bytes = self._pack_budget_bytes(device)
         compiled = compile_graph(captured, self.config.passes_off)
         self.seconds["passes"] = time.perf_counter() - start
-        return _Graph(compiled, next(model.parameters()).device, max_model_len)
+        return _Graph(compiled, device, max_model_len)
+
+    def _pack_budget_bytes(self, device: torch.device) -> int:
+        match self.config.pack:
+            case "auto":
+                return free_memory_bytes(device) // 4
+            case True:
+                return sys.maxsize
+        return 0
 
     @torch.inference_mode(False)  # parameters must not become inference tensors
     def _attach(self, compiled: CompiledForward) -> None:
@@ -188,11 +200,23 @@ class OptimizedModel:
             self.fingerprint = next(reversed(self._graphs))
         elif change is Change.NONE and told:
             self.weights.look_again()
+        if self.compiled.packs_weights and change is not Change.MEMORY:
+            if told or change is Change.VALUES:
+                self._pack_again()
         if told or change is not Change.NONE:
             self._begin_epoch()
         if idle:
             what = f"weight check ({self.config.weight_check})"
             self.seconds[what] = time.perf_counter() - start
+
+    def _pack_again(self) -> None:
+        """Values changed in place: the packed copies follow."""
+        if self._engine is not None:
+            self._engine.wait_idle()
+        start = time.perf_counter()
+        self.compiled.unbind()  # the old copies go before the new ones are made
+        self.compiled.bind(self.weights.resolve(self.compiled.weight_inputs))
+        self.seconds["packing again"] = time.perf_counter() - start
 
     def _begin_epoch(self) -> None:
         self.weight_epoch += 1

@@ -13,10 +13,11 @@ from . import kernels
 from .errors import UnsupportedModelError
 from .passes import CapturedGraph, InputSpec, Report, run_passes
 from .passes.insert_paged_cache import CacheSpec, cache_spec
+from .passes.pack_linears import packed_bytes
 from .passes.pipeline import RequiredPassError
 
 _graph_ids = itertools.count()
-_WEIGHT_KINDS = ("parameter", "buffer", "merged")
+_WEIGHT_KINDS = ("parameter", "buffer", "merged", "packed")
 
 
 class CacheTensors(Protocol):
@@ -54,6 +55,11 @@ class CompiledForward:
     @property
     def weight_inputs(self) -> list[InputSpec]:
         return [spec for spec in self.inputs.values() if spec.kind in _WEIGHT_KINDS]
+
+    @property
+    def packs_weights(self) -> bool:
+        """Whether some inputs are copies of weights, which must follow them."""
+        return any(spec.kind == "packed" for spec in self.inputs.values())
 
     def bind(self, weights: Mapping[InputSpec, torch.Tensor]) -> None:
         """Set the tensors of all weight inputs."""
@@ -101,6 +107,7 @@ def compile_graph(captured: CapturedGraph, passes_off: Sequence[str] = ()) -> Co
     except RequiredPassError as error:
         raise UnsupportedModelError(f"the graph cannot be rewritten: {error}") from error
     report.facts["num_layers"] = captured.num_layers
+    report.facts["packed_bytes"] = packed_bytes(graph)
     return CompiledForward(graph, report)
 
 

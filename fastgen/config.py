@@ -52,6 +52,8 @@ class Config:
         weight_check: How new weight values are noticed when torch's version counters do not show
             them: "sampled" compares a cache line of every 4 KiB page before an idle engine starts,
             "full" every byte, "manual" nothing: then tell `fastgen.weights_changed(model)`.
+        pack: Copies of the weights in the layout of the processor's GEMM, which is faster: "auto"
+            makes them within a quarter of the free memory, True whatever it is, False never.
         passes_off: Names of optional passes that are left out.
     Raises: ValueError for a value out of range, TypeError for an unknown field.
     """
@@ -63,6 +65,7 @@ class Config:
     kv_cache_memory_bytes: int | None = None
     prefix_cache: bool = True
     weight_check: str = "sampled"
+    pack: bool | str = "auto"
     passes_off: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -81,6 +84,8 @@ class Config:
             raise ValueError(
                 f"weight_check must be one of {', '.join(WEIGHT_CHECKS)}, got {self.weight_check!r}"
             )
+        if not isinstance(self.pack, bool) and self.pack != "auto":
+            raise ValueError(f'pack must be True, False or "auto", got {self.pack!r}')
         if isinstance(self.passes_off, str):
             raise ValueError(f"passes_off must be a sequence of names, got {self.passes_off!r}")
         object.__setattr__(self, "passes_off", tuple(self.passes_off))

@@ -14,6 +14,7 @@ from torch import nn
 
 from .checksum import checksums, words_of
 from .errors import UnsupportedModelError
+from .kernels.packed_linear import pack
 from .passes import InputSpec, MergePlan
 
 
@@ -125,7 +126,7 @@ class LiveWeights:
                 del self._merged[plan]
 
     def resolve(self, inputs: Iterable[InputSpec]) -> dict[InputSpec, torch.Tensor]:
-        """The tensor of each parameter, buffer or merged input; from now on they are watched.
+        """The tensor of each weight input, packed copies made anew; from now on they are watched.
 
         Raises: UnsupportedModelError for a weight whose values cannot be watched.
         """
@@ -141,6 +142,11 @@ class LiveWeights:
                     found[spec] = watched[spec.target] = model.get_buffer(spec.target)
                 case "merged":
                     found[spec] = merged[spec.target]
+                case "packed" if spec.target in merged:
+                    found[spec] = pack(merged[spec.target])
+                case "packed":
+                    watched[spec.target] = model.get_parameter(spec.target)
+                    found[spec] = pack(watched[spec.target])
         for plan in self._merged:
             watched.update((name, model.get_parameter(name)) for name in plan.members)
         self._watch(watched)

@@ -8,6 +8,7 @@ same, and transformers probes for it: there it is an empty module that looks uni
 if __name__ == "fastgen.kernels":
     from .attention import attention
     from .gated_activation import gelu_mul, silu_mul
+    from .packed_linear import packed_linear
     from .paged_attention import paged_attention
     from .registry import CallSite, Choice, Implementation, implementations, select
     from .rms_norm import add_rms_norm, rms_norm
@@ -21,6 +22,7 @@ if __name__ == "fastgen.kernels":
         "attention",
         "gelu_mul",
         "implementations",
+        "packed_linear",
         "paged_attention",
         "rms_norm",
         "rope",

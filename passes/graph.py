@@ -14,7 +14,7 @@ from typing import Literal, Self
 import torch
 from torch import fx
 
-InputKind = Literal["parameter", "buffer", "constant", "merged", "batch", "cache"]
+InputKind = Literal["parameter", "buffer", "constant", "merged", "packed", "batch", "cache"]
 
 # Batch tensors a captured graph starts with; insert_paged_cache adds the rest of ForwardBatch.
 BATCH_INPUTS = ("input_ids", "positions", "logits_indices")
@@ -25,7 +25,8 @@ class InputSpec:
     """What a placeholder is fed with.
 
     target: the parameter's or buffer's qualified name in the live model, the constant's key, the
-    merge plan's name, the batch field, or for a cache "key:<layer>" / "value:<layer>".
+    merge plan's name, what a packed weight is made from (a parameter or a merged weight), the batch
+    field, or for a cache "key:<layer>" / "value:<layer>".
     """
 
     kind: InputKind
@@ -47,6 +48,7 @@ class CapturedGraph:
     inputs: placeholder name -> meaning, in the graph's order. constants: tensors the forward
     created while it was traced. parameter_refusals: parameter name -> why it must not be merged
     (tied, parametrised, storage shared), known only where the live model is at hand.
+    pack_budget_bytes: what packed copies of weights may take.
     """
 
     module: fx.GraphModule
@@ -55,6 +57,7 @@ class CapturedGraph:
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     parameter_refusals: dict[str, str] = field(default_factory=dict)
     merges: list[MergePlan] = field(default_factory=list)
+    pack_budget_bytes: int = 0
 
     @property
     def graph(self) -> fx.Graph:
@@ -100,10 +103,11 @@ class CapturedGraph:
                 "buffer",
                 "constant",
                 "merged",
+                "packed",
             ):
                 del self.inputs[node.name]
                 self.graph.erase_node(node)
-        used = {spec.target for spec in self.inputs.values() if spec.kind == "merged"}
+        used = {spec.target for spec in self.inputs.values() if spec.kind in ("merged", "packed")}
         self.merges = [plan for plan in self.merges if plan.name in used]
 
     def output_value(self) -> torch.Tensor:
