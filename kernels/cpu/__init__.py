@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from ..registry import CallSite
-from .library import MissingLibraryError, library, why_missing
+from .build import MissingLibraryError, library, why_missing
 
 __all__ = [
     "MissingLibraryError",
