@@ -60,14 +60,14 @@ class _Merged:
     members: tuple[weakref.ref[torch.Tensor], ...]
     rows: list[int]
 
+    def holds(self, tensor: torch.Tensor) -> bool:
+        start = self.tensor.data_ptr()
+        return start <= tensor.data_ptr() < start + self.tensor.nbytes
+
     def residents(self) -> list[torch.Tensor]:
         """The members that are alive and have not been moved away."""
-        start = self.tensor.data_ptr()
-        end = start + self.tensor.numel() * self.tensor.element_size()
         alive = [ref() for ref in self.members]
-        return [
-            member for member in alive if member is not None and start <= member.data_ptr() < end
-        ]
+        return [member for member in alive if member is not None and self.holds(member)]
 
 
 class LiveWeights:
@@ -102,7 +102,7 @@ class LiveWeights:
         try:
             for plan in list(self._merged):
                 if plan not in plans or not self._in_place(plan):
-                    _split(self._merged.pop(plan))
+                    _split(self._merged.pop(plan), _tensors_of(model))
             for plan in plans:
                 if plan not in self._merged:
                     self._merged[plan] = _merge(model, plan)
@@ -115,7 +115,7 @@ class LiveWeights:
         self._forget()
         while self._merged:
             _, merged = self._merged.popitem()
-            _split(merged)
+            _split(merged, _tensors_of(self._model()))
             del merged  # before the next is split: one layer at a time exists twice
 
     def let_go(self) -> None:
@@ -257,6 +257,18 @@ def _merge(model: nn.Module, plan: MergePlan) -> _Merged:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _split(merged: _Merged) -> None:
-    for member in merged.residents():
-        member.data = member.data.clone()
+def _split(merged: _Merged, others: Iterable[torch.Tensor]) -> None:
+    """Give the members memory of their own; `others` that the user put on a member's go along."""
+    fresh: dict[int, torch.UntypedStorage] = {}
+    for tensor in (*merged.residents(), *others):
+        if type(tensor) not in (torch.Tensor, nn.Parameter) or not merged.holds(tensor):
+            continue
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in fresh:
+            fresh[storage.data_ptr()] = storage.clone()
+        place = tensor.storage_offset(), tensor.shape, tensor.stride()
+        tensor.data = tensor.data.new_empty(0).set_(fresh[storage.data_ptr()], *place)
+
+
+def _tensors_of(model: nn.Module | None) -> list[torch.Tensor]:
+    return [] if model is None else [*model.parameters(), *model.buffers()]

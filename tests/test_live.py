@@ -255,9 +255,9 @@ def test_restore_holds_one_layer_twice_at_most(monkeypatch):
     fastgen.optimize(model)
     split, done = live_file._split, []
 
-    def watched(merged):
+    def watched(merged, others):
         assert all(storage.expired() for storage in done), f"{len(done)} are still held"
-        split(merged)
+        split(merged, others)
         done.append(StorageWeakRef(merged.tensor.untyped_storage()))
 
     monkeypatch.setattr(live_file, "_split", watched)

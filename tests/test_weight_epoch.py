@@ -228,15 +228,29 @@ def test_values_are_not_read_while_requests_run(monkeypatch):
     assert looked == [True, False, True]
 
 
-def test_an_optimizer_over_these_weights_begins_an_epoch_even_with_a_step_of_nothing():
-    model, other = fastgen.optimize(small_model()), small_model()
+def test_the_step_of_an_optimizer_over_these_weights_is_noticed_by_itself():
+    """A fused step leaves torch's versions as they were, and "manual" looks at no values."""
+    model, other = fastgen.optimize(small_model(), weight_check="manual"), small_model()
     tokens_of(model, ROW, 2)
-    step(other)
+    step(other, fused=True)
     tokens_of(model, ROW, 2)
     assert epoch_of(model) == 0
-    step(model, torch.optim.SGD, lr=0.0)
+    versions = [parameter._version for parameter in model.parameters()]
+    step(model, fused=True)
+    assert [parameter._version for parameter in model.parameters()] == versions
     tokens_of(model, ROW, 2)
     assert epoch_of(model) == 1
+
+
+def test_parameters_that_come_to_share_memory_go_on_sharing_it():
+    model = fastgen.optimize(small_model())
+    assert_follows(model)
+    share_memory(model)
+    assert_follows(model)
+    assert "shares its memory" in str(fastgen.explain(model))
+    attention = model.model.layers[0].self_attn
+    attention.v_proj.weight.data.fill_(2.0)
+    assert torch.equal(attention.k_proj.weight, torch.full((32, 64), 2.0))
 
 
 def test_optimizers_are_watched_only_while_a_model_is_optimised():
