@@ -279,6 +279,7 @@ class OptimizedModel:
             max_model_len=self.max_model_len,
             spec=self.compiled.spec,
             report=self.compiled.report,
+            weight_epoch=self.weight_epoch,
             seconds=dict(self.seconds),
             fallbacks=dict(self.fallbacks),
             metrics=metrics,

@@ -21,6 +21,7 @@ class Explanation:
     max_model_len: int
     spec: CacheSpec
     report: Report
+    weight_epoch: int
     seconds: dict[str, float]
     fallbacks: dict[str, int]
     metrics: EngineMetrics | None
@@ -34,6 +35,7 @@ class Explanation:
             "max_model_len": self.max_model_len,
             "cache": {"bytes_per_token": self.spec.bytes_per_token, "layers": layers},
             **self.report.to_dict(),
+            "weight_epoch": self.weight_epoch,
             "seconds": self.seconds,
             "fallbacks": self.fallbacks,
             "metrics": None if self.metrics is None else asdict(self.metrics),
@@ -58,6 +60,11 @@ class Explanation:
             for name, entry in chosen.items():
                 lines.append(f"  kernel        {op} x {entry['calls']}: {name}")
                 lines.extend(f"    not {who}: {why}" for who, why in entry["refused"].items())
+        packed = self.report.facts["packed_bytes"]
+        lines.append(
+            f"  weights       epoch {self.weight_epoch}, checked: {self.config.weight_check}; "
+            f"{packed / 2**20:.1f} MiB of packed copies"
+        )
         times = ", ".join(f"{name} {value:.2f} s" for name, value in self.seconds.items())
         lines.append(f"  time          {times}")
         lines.extend(self._traffic())
@@ -69,7 +76,8 @@ class Explanation:
             lines.append(
                 f"  engine        {metrics.engine_steps} steps, {metrics.prompt_tokens} prompt and "
                 f"{metrics.output_tokens} output tokens, {metrics.preemptions} preemptions, "
-                f"cache waste {metrics.cache_waste:.1%}"
+                f"cache waste {metrics.cache_waste:.1%}, "
+                f"prefix cache hits {metrics.prefix_cache_hit_rate:.1%}"
             )
         if not self.fallbacks:
             lines.append("  fallbacks     none")
