@@ -220,8 +220,9 @@ class Engine:
             for index in range(params.n)
         ]
         if params.n > 1:
+            siblings = tuple(requests)
             for request in requests:
-                request.siblings = tuple(requests)
+                request.siblings = siblings
         return requests
 
     def _eos_token_ids(self) -> set[int]:
