@@ -205,6 +205,15 @@ class PoolMachine(RuleBasedStateMachine):
             self.pool.publish(block, digest)
             self.model.published.setdefault(digest, block)
 
+    @rule(count=st.integers(1, 3), digest=st.integers(0, 200))
+    def a_request_comes_and_goes(self, count, digest):
+        if self.pool.num_free >= count:
+            self.allocate(count)
+            for block in self.model.hands[-1]:
+                self.pool.publish(block, bytes([digest, block]))
+                self.model.published.setdefault(bytes([digest, block]), block)
+            self.free(len(self.model.hands) - 1)
+
     @rule(index=st.integers(0, 99), count=st.integers(1, 3))
     def share(self, index, count):
         """Some published blocks, held or idle."""

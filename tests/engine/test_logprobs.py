@@ -125,15 +125,22 @@ def test_logprobs_are_raw(make_engine, plain, expected):
     assert any(len(entry) == 5 for entry in output.logprobs), "every token was among the best"
 
 
-def test_prompt_logprobs_after_a_preemption_within_the_prompt(make_engine, plain, gated):
-    """Some are known when the request loses its blocks; none comes twice or is missing."""
-    engine = make_engine(kv_cache_memory_bytes=7 * BLOCK_BYTES, max_num_batched_tokens=20)
+def test_prompt_logprobs_after_a_preemption_within_the_prompt(
+    make_engine, plain, gated, monkeypatch
+):
+    """64 of 70 are known when the request loses its blocks; none comes twice or is missing."""
+    monkeypatch.setattr(scheduler_module, "MAX_PROMPT_LOGITS", 4)
+    engine = make_engine(kv_cache_memory_bytes=7 * BLOCK_BYTES)
     gate = gated(engine)
     old_row, row = prompts(10, 70, seed=4)
     old = engine.submit(old_row, SamplingParams(max_tokens=60, temperature=0.0))
     gate.wait()
     params = SamplingParams(max_tokens=2, temperature=0.0, prompt_logprobs=2, logprobs=0)
     request = engine.submit(row, params)
+    while not request.num_preemptions:
+        gate.step()
+    assert len(request.prompt_logprobs) == 65, "the first is None, the next is known"
+    monkeypatch.setattr(scheduler_module, "MAX_PROMPT_LOGITS", 7)  # the known end within a chunk
     gate.open()
     output = within(engine.result, request)
     within(engine.result, old)
