@@ -14,6 +14,7 @@ SEED_MAX = 2**63 - 1
 MAX_OUTPUTS = 16384  # of one prompt: a caller's mistake must not fill the memory
 MAX_LOGPROBS = 1000  # per token, for the same reason
 WEIGHT_CHECKS = ("sampled", "full", "manual")
+MIN_REPETITION_PENALTY = 1e-6  # logits divided by less could leave fp32
 
 
 def check_int(
@@ -171,9 +172,9 @@ class SamplingParams:
         if self.top_p == 0.0:
             raise error("top_p must be > 0, got 0; for greedy decoding use temperature=0")
         check_float("min_p", self.min_p, 0.0, 1.0, error)
-        check_float("repetition_penalty", self.repetition_penalty, 0.0, 1e6, error)
-        if self.repetition_penalty == 0.0:
-            raise error("repetition_penalty must be > 0, got 0; 1 switches it off")
+        check_float(
+            "repetition_penalty", self.repetition_penalty, MIN_REPETITION_PENALTY, 1e6, error
+        )
         check_float("presence_penalty", self.presence_penalty, -2.0, 2.0, error)
         check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0, error)
         for name in ("logprobs", "prompt_logprobs"):

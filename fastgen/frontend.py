@@ -40,6 +40,14 @@ _NOT_IN_SAMPLING_PARAMS: dict[str, tuple] = {
     "min_length": (0,),
     "min_new_tokens": (0,),
     "stop_strings": (),
+    "max_length": (20,),  # which was transformers' default before it was None
+    "max_time": (),
+    "num_beam_groups": (1,),
+    "diversity_penalty": (0.0,),
+    "constraints": (),
+    "force_words_ids": (),
+    "token_healing": (False,),
+    "remove_invalid_values": (False,),
 }
 
 
@@ -212,8 +220,9 @@ class Engine:
             for index in range(params.n)
         ]
         if params.n > 1:
+            siblings = tuple(requests)
             for request in requests:
-                request.siblings = tuple(requests)
+                request.siblings = siblings
         return requests
 
     def _eos_token_ids(self) -> set[int]:
@@ -232,12 +241,17 @@ class Engine:
                     "not do (model.generate() does); pass params"
                 )
         max_tokens = config.max_new_tokens or SamplingParams.max_tokens
+        num_outputs = config.num_return_sequences or 1
         penalty = _or(config.repetition_penalty, 1.0)
         if not config.do_sample:
             return SamplingParams(
-                max_tokens=max_tokens, temperature=0.0, repetition_penalty=penalty
+                n=num_outputs,
+                max_tokens=max_tokens,
+                temperature=0.0,
+                repetition_penalty=penalty,
             )
         return SamplingParams(
+            n=num_outputs,
             max_tokens=max_tokens,
             temperature=_or(config.temperature, 1.0),
             top_k=_or(config.top_k, 50),  # transformers' default when sampling
@@ -255,25 +269,32 @@ class Engine:
 
     def _completion(self, request: Request) -> Completion:
         assert request.finish_reason is not None
-        params, text = request.sampling, ""
-        if params.stop:
-            stream = TextStream(self.tokenizer, params)
-            text = "".join(stream.take([token_id]) for token_id in request.output_token_ids)
-            text += stream.take([], last=True)
-        elif self.tokenizer is not None:
-            text = self.tokenizer.decode(
-                request.output_token_ids, skip_special_tokens=params.skip_special_tokens
-            )
+        text, reason, error = "", request.finish_reason, request.error
+        try:
+            text = self._text(request)
+        except Exception as raised:  # of the tokenizer; other requests' texts are whole
+            reason, error = "error", error or raised
         return Completion(
             index=request.index,
             token_ids=list(request.output_token_ids),
             text=text,
-            finish_reason=request.finish_reason,
+            finish_reason=reason,
             metrics=request.metrics(),
             stop_reason=request.stop_reason,
-            logprobs=list(request.logprobs) if params.logprobs is not None else None,
-            error=None if request.error is None else str(failure(request)),
+            logprobs=list(request.logprobs) if request.sampling.logprobs is not None else None,
+            error=None if error is None else str(failure(request, error)),
         )
+
+    def _text(self, request: Request) -> str:
+        if self.tokenizer is None:
+            return ""
+        params = request.sampling
+        token_ids = [token for token in request.output_token_ids if _has_text(request, token)]
+        if not params.stop:
+            return self.tokenizer.decode(token_ids, skip_special_tokens=params.skip_special_tokens)
+        stream = TextStream(self.tokenizer, params)
+        text = "".join(stream.take([token_id]) for token_id in token_ids)
+        return text + stream.take([], last=True)
 
 
 class _OutputStream:
@@ -289,7 +310,9 @@ class _OutputStream:
         if self.request.sampling.logprobs is not None:
             logprobs = [self.request.logprobs[self._num_tokens]]
         self._num_tokens += 1
-        text = self._text.take([token_id]) if self._text else ""
+        text = ""
+        if self._text is not None and _has_text(self.request, token_id):
+            text = self._text.take([token_id])
         return TokenEvent([token_id], text, index=self.request.index, logprobs=logprobs)
 
     def finish(self) -> TokenEvent:
@@ -301,6 +324,11 @@ class _OutputStream:
             self.request.index,
             stop_reason=self.request.stop_reason,
         )
+
+
+def _has_text(request: Request, token_id: int) -> bool:
+    """Whether a token's text is shown: that of the end or stop token only if it was asked for."""
+    return request.sampling.include_stop_str_in_output or token_id not in request.stop_token_ids
 
 
 def _or(value: float | None, default: Any) -> Any:

@@ -22,9 +22,11 @@ def encode_prompt(prompt: Prompt, tokenizer: Any) -> list[int]:
     Raises: InvalidRequestError for anything else, or where a tokenizer or template is missing.
     """
     if isinstance(prompt, str):
-        ids = _need(tokenizer, "a text prompt")(prompt).input_ids
+        ids = list(_need(tokenizer, "a text prompt")(prompt).input_ids)
         bos = tokenizer.bos_token_id
-        return ids[1:] if bos is not None and ids[:2] == [bos, bos] else list(ids)
+        while bos is not None and ids[:2] == [bos, bos]:
+            del ids[0]
+        return ids
     if hasattr(prompt, "tolist"):
         prompt = prompt.tolist()  # pyright: ignore  # a tensor or an array
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
@@ -90,6 +92,10 @@ class Detokenizer:
 class TextStream:
     """The text of one output as its tokens come, cut at the first stop string.
 
+    The first is the one that is complete first; of two that end together, the longer one. So the
+    cut does not depend on how the text is cut into tokens. One that is complete within the first
+    min_tokens tokens does not count.
+
     The engine asks it whether a stop string is met; whoever streams asks another one, over the
     same tokens, for the text, of which the possible beginning of a stop string is held back.
 
@@ -115,13 +121,16 @@ class TextStream:
             return ""
         self._num_tokens += len(token_ids)
         piece = self._detokenizer.push(token_ids, last)
-        text, self._held = self._held + piece, ""
-        if 0 < self._num_tokens <= self._min_tokens:
-            return text  # a stop string does not count yet
-        found = [(at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
-        if found:
-            at, self.matched = min(found, key=lambda item: item[0])
-            return text[: at + len(self.matched) * self._include]
+        before, text, self._held = len(self._held), self._held + piece, ""
+        ends = [
+            (at + len(stop), at, stop)
+            for stop in self._stop
+            if self._num_tokens > self._min_tokens
+            and (at := text.find(stop, max(0, before + 1 - len(stop)))) >= 0
+        ]
+        if ends:
+            end, start, self.matched = min(ends)
+            return text[: end if self._include else start]
         held = 0 if last else max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]

@@ -135,6 +135,8 @@ def test_text_of_a_tokenizer_without_bos():
 
 def test_text_that_begins_with_bos_does_not_get_two(merged):
     assert encode_prompt("<s>Hello", merged) == encode_prompt("Hello", merged)
+    assert encode_prompt("<s><s>Hello", merged) == encode_prompt("Hello", merged)
+    assert encode_prompt("<s>", merged) == encode_prompt("<s><s>", merged) == [BOS]
 
 
 def test_rendered_chat_template_does_not_get_two_bos(merged):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import threading
 import time
@@ -92,8 +93,13 @@ class EngineCore:
             if type(token_id) is not int or not 0 <= token_id <= largest:
                 check_int("each prompt token id", token_id, 0, largest, InvalidRequestError)
         params = request.sampling
-        for name in ("allowed_token_ids", "logit_bias"):
-            for token_id in getattr(params, name) or ():
+        for name, token_ids in (
+            ("allowed_token_ids", params.allowed_token_ids or ()),
+            ("logit_bias", params.logit_bias),
+            ("stop_token_ids", params.stop_token_ids),
+            ("bad_words", itertools.chain(*request.bad_words)),
+        ):
+            for token_id in token_ids:
                 check_int(f"each token id of {name}", token_id, 0, largest, InvalidRequestError)
         length, max_tokens = len(prompt), params.max_tokens
         if length + max_tokens > self.max_model_len:
@@ -124,7 +130,8 @@ class EngineCore:
     def submit_all(self, requests: list[Request], together: bool = False) -> None:
         """Check requests and queue all or none; `together`: they must all fit at once."""
         for request in requests:
-            self.check(request)
+            if request.index == 0:  # its siblings ask for the same
+                self.check(request)
         if together and not (self.fits(requests) and len(requests) <= self.config.max_num_seqs):
             raise CapacityError(
                 f"{len(requests)} rows must run together, and the KV cache pool "
@@ -376,8 +383,7 @@ class EngineCore:
         if first <= last:
             targets = prompt[first : last + 1]
             rows = logits[first - item.start - 1 : last - item.start]
-            most = [request.sampling.prompt_logprobs or 0] * len(targets)
-            known.extend(logprobs_of(rows, targets, most))
+            known.extend(logprobs_of(rows, targets, request.sampling.prompt_logprobs or 0))
 
     def _append(self, request: Request, token_id: int) -> None:
         if request.status is RequestStatus.FINISHED:
@@ -385,7 +391,7 @@ class EngineCore:
         assert self._scheduler is not None
         try:
             reason = self._scheduler.append_token(request, token_id)
-        except Exception as error:  # of a tokenizer that looks for stop strings
+        except BaseException as error:  # of the tokenizer: a panic of Rust's is no Exception
             self._finish(request, "error", error)
             return
         if request.stream:
@@ -435,18 +441,22 @@ class EngineCore:
         )
 
 
-def failure(request: Request) -> FastgenError:
-    """The error a caller sees for a request that did not come to its own end."""
-    if request.error is None:
+def failure(request: Request, error: BaseException | None = None) -> FastgenError:
+    """The error a caller sees for a request that did not come to its own end.
+
+    error: What went wrong, if it is not the request's own error.
+    """
+    cause = error or request.error
+    if cause is None:
         return EngineClosedError(
             f"request {request.request_id} was cancelled: its engine was closed, or its model "
             "restored, while it ran"
         )
-    error = RequestFailedError(
-        f"request {request.request_id} failed: {type(request.error).__name__}: {request.error}"
+    failed = RequestFailedError(
+        f"request {request.request_id} failed: {type(cause).__name__}: {cause}"
     )
-    error.__cause__ = request.error
-    return error
+    failed.__cause__ = cause
+    return failed
 
 
 def _run_engine(reference: Callable[[], Any], mailbox: Mailbox) -> None:

@@ -6,6 +6,7 @@ rows are computed together only where each gets what it would get alone.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,6 @@ class SamplingState:
             self.generator = torch.Generator(device=device).manual_seed(request.seed)
         self.num_generated: Counter[int] = Counter()
         self._num_counted = 0
-        self._prompt = dict.fromkeys(request.prompt_token_ids, 0)
 
     @property
     def params(self) -> SamplingParams:
@@ -45,9 +45,13 @@ class SamplingState:
         self.num_generated.update(output[self._num_counted :])
         self._num_counted = len(output)
 
-    def seen(self) -> list[int]:
-        """Every token of the prompt and the output, once each."""
-        return list(self._prompt | self.num_generated)
+    @functools.cached_property
+    def _prompt(self) -> frozenset[int]:
+        return frozenset(self.request.prompt_token_ids)
+
+    def seen(self) -> frozenset[int]:
+        """Every token of the prompt and the output."""
+        return self._prompt.union(self.num_generated)
 
     def banned(self) -> set[int]:
         """Tokens that must not come next: ends of bad words, and end tokens before min_tokens."""
@@ -92,11 +96,9 @@ def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> Sampled:
         logits: [num_rows, vocab_size], any float dtype.
         states: One per row.
     """
-    wanted = [row for row, state in enumerate(states) if state.params.logprobs is not None]
     edited = [row for row, state in enumerate(states) if state.edits_logits]
     drawn = [row for row, state in enumerate(states) if state.generator is not None]
-    raw = logits[wanted] if wanted else None
-    errors: dict[int, InvalidRequestError] = {}
+    raw, errors = logits, {}
     if edited:
         rows = logits[edited].float()
         edit_logits(rows, [states[row] for row in edited])
@@ -113,10 +115,15 @@ def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> Sampled:
         chosen = [states[row] for row in drawn]
         tokens[drawn] = draw(logits[drawn].float(), chosen)
     result = Sampled(tokens.tolist(), errors=errors)
-    if raw is not None:
-        most = [states[row].params.logprobs or 0 for row in wanted]
-        found = logprobs_of(raw, [result.token_ids[row] for row in wanted], most)
-        result.logprobs = dict(zip(wanted, found, strict=True))
+    # Which of two equally likely tokens comes first may depend on how many are asked for, so only
+    # rows that ask for equally many are computed together.
+    by_count: dict[int, list[int]] = {}
+    for row, state in enumerate(states):
+        if (count := state.params.logprobs) is not None:
+            by_count.setdefault(count, []).append(row)
+    for count, rows in by_count.items():
+        found = logprobs_of(raw[rows], [result.token_ids[row] for row in rows], count)
+        result.logprobs.update(zip(rows, found, strict=True))
     return result
 
 
@@ -129,7 +136,12 @@ def edit_logits(logits: torch.Tensor, states: Sequence[SamplingState]) -> None:
             kept = logits[row, keep]
             logits[row] = _NEVER
             logits[row, keep] = kept
-    _scatter(logits, states, lambda state: dict.fromkeys(state.banned(), 0.0), _ban)
+    vocab_size = logits.shape[1]  # a model's end token may lie outside
+
+    def banned(state: SamplingState) -> dict[int, float]:
+        return {token: _NEVER for token in state.banned() if token < vocab_size}
+
+    _scatter(logits, states, banned, torch.add)
     _scatter(logits, states, lambda state: state.params.logit_bias, torch.add)
     _scatter(logits, states, _repetitions, _repetition_penalty)
     _scatter(logits, states, _presences_and_frequencies, torch.sub)
@@ -154,10 +166,6 @@ def _scatter(
         at = torch.tensor([rows, tokens], device=logits.device).unbind()
         given = torch.tensor(values, dtype=torch.float32, device=logits.device)
         logits[at] = change(logits[at], given)
-
-
-def _ban(logits: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-    return torch.full_like(logits, _NEVER)
 
 
 def _repetitions(state: SamplingState) -> dict[int, float]:
@@ -242,9 +250,9 @@ def filtered_probabilities(
 
 
 def logprobs_of(
-    logits: torch.Tensor, token_ids: Sequence[int], most: Sequence[int]
+    logits: torch.Tensor, token_ids: Sequence[int], count: int
 ) -> list[dict[int, Logprob]]:
-    """Per row the token's own log-probability and those of its `most[row]` most likely tokens.
+    """Per row the token's own log-probability and those of the `count` most likely tokens.
 
     Args:
         logits: [num_rows, vocab_size] of the model, any float dtype.
@@ -252,20 +260,19 @@ def logprobs_of(
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     own = logprobs.gather(1, torch.tensor(token_ids, device=logits.device).unsqueeze(1))
     ranks = (logprobs > own).sum(dim=-1) + 1
-    best = logprobs.topk(min(max(most), logits.shape[1]), dim=-1)
+    best = logprobs.topk(min(count, logits.shape[1]), dim=-1)
     rows = []
-    for token_id, logprob, rank, count, values, ids in zip(
+    for token_id, logprob, rank, values, ids in zip(
         token_ids,
         own.squeeze(1).tolist(),
         ranks.tolist(),
-        most,
         best.values.tolist(),
         best.indices.tolist(),
         strict=True,
     ):
         row = {token_id: Logprob(logprob, rank)}
-        for place in range(min(count, len(ids))):
-            row.setdefault(ids[place], Logprob(values[place], place + 1))
+        for place, (value, likely) in enumerate(zip(values, ids, strict=True), 1):
+            row.setdefault(likely, Logprob(value, place))
         rows.append(row)
     return rows
 

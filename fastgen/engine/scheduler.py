@@ -142,7 +142,8 @@ class Scheduler:
                 break
             item = self._next_tokens(request, budget)
             if item is not None:
-                self._allocate(request, item)
+                allocated = self._allocate(request, item)
+                assert allocated, "a request was let in without the blocks for it"
                 self._add(output, item, budget)
         output.freed_blocks = self.pool.take_discarded()
         self._count_waste(output)

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
 
 from fastgen.engine.block_pool import NULL_BLOCK, BlockPool
 
@@ -117,6 +124,245 @@ def test_freeing_one_block_twice_in_one_list_raises():
     pool.allocate(2)
     with pytest.raises(KeyError):
         pool.free([1, 1])
+
+
+# Sharing, against a plain model.
+
+
+class PoolModel:
+    """The same pool, kept as lists: who holds what, what is published, what is idle since when."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.hands: list[list[int]] = []  # the blocks of each holder
+        self.published: dict[bytes, int] = {}
+        self.idle: list[int] = []  # oldest first
+        self.lost: list[int] = []
+        self.num_usable = num_blocks - 1
+
+    @property
+    def held(self) -> set[int]:
+        return {block for hand in self.hands for block in hand}
+
+    def digest_of(self, block: int) -> bytes | None:
+        return next((d for d, other in self.published.items() if other == block), None)
+
+    def take(self, blocks: list[int]) -> None:
+        """Blocks that the pool has handed out: empty ones, then the oldest idle ones."""
+        num_empty = self.num_usable - len(self.held) - len(self.idle)
+        evicted = self.idle[: max(0, len(blocks) - num_empty)]
+        assert not self.held & set(blocks), "a block in two hands"
+        assert set(self.idle) & set(blocks) == set(evicted), "not the oldest, or too many"
+        for block in evicted:
+            self.forget(block)
+        self.hands.append(blocks)
+
+    def give_back(self, index: int) -> None:
+        for block in reversed(self.hands.pop(index)):
+            if block not in self.held and block not in self.idle:
+                if self.digest_of(block) is None:
+                    self.lost.append(block)
+                else:
+                    self.idle.append(block)
+
+    def forget(self, block: int) -> None:
+        digest = self.digest_of(block)
+        if digest is not None:
+            del self.published[digest]
+        if block in self.idle:
+            self.idle.remove(block)
+            self.lost.append(block)
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Any order of everything that the pool can do."""
+
+    pool_class = BlockPool
+
+    @initialize(num_blocks=st.integers(2, 9))
+    def start(self, num_blocks):
+        self.pool, self.model = self.pool_class(num_blocks), PoolModel(num_blocks)
+
+    @rule(count=st.integers(0, 5))
+    def allocate(self, count):
+        free = self.pool.num_free
+        blocks = self.pool.allocate(count)
+        assert (blocks is None) == (count > free)
+        if blocks is not None:
+            assert len(set(blocks)) == len(blocks) == count
+            self.model.take(blocks)
+
+    @rule(index=st.integers(0, 9))
+    def free(self, index):
+        if hands := self.model.hands:
+            self.pool.free(list(hands[index % len(hands)]))
+            self.model.give_back(index % len(hands))
+
+    @rule(index=st.integers(0, 99), digest=st.binary(min_size=1, max_size=1))
+    def publish(self, index, digest):
+        open_blocks = sorted(b for b in self.model.held if self.model.digest_of(b) is None)
+        if open_blocks:
+            block = open_blocks[index % len(open_blocks)]
+            self.pool.publish(block, digest)
+            self.model.published.setdefault(digest, block)
+
+    @rule(count=st.integers(1, 3), digest=st.integers(0, 200))
+    def a_request_comes_and_goes(self, count, digest):
+        if self.pool.num_free >= count:
+            self.allocate(count)
+            for block in self.model.hands[-1]:
+                self.pool.publish(block, bytes([digest, block]))
+                self.model.published.setdefault(bytes([digest, block]), block)
+            self.free(len(self.model.hands) - 1)
+
+    @rule(index=st.integers(0, 99), count=st.integers(1, 3))
+    def share(self, index, count):
+        """Some published blocks, held or idle."""
+        known = sorted(self.model.published)
+        start = index % len(known) if known else 0
+        wanted = known[start : start + count]
+        blocks = self.pool.find(wanted)
+        assert blocks == [self.model.published[digest] for digest in wanted]
+        assert self.pool.num_idle(blocks) == len(set(blocks) & set(self.model.idle))
+        self.pool.share(blocks)
+        self.model.idle = [block for block in self.model.idle if block not in blocks]
+        self.model.hands.append(blocks)
+
+    @rule(index=st.integers(0, 99))
+    def find_ends_at_the_first_unknown(self, index):
+        known = sorted(self.model.published)
+        wanted = [*known[: index % 4], b"unknown", *known]
+        found = [self.model.published[digest] for digest in known[: index % 4]]
+        assert self.pool.find(wanted) == found
+
+    @rule(blocks=st.lists(st.integers(1, 8), max_size=3, unique=True))
+    def forget(self, blocks):
+        self.pool.forget(blocks)
+        for block in blocks:
+            self.model.forget(block)
+
+    @rule()
+    def forget_all(self):
+        self.pool.forget_all()
+        for block in list(self.model.published.values()):
+            self.model.forget(block)
+
+    @rule()
+    def take_discarded(self):
+        assert sorted(self.pool.take_discarded()) == sorted(self.model.lost)
+        self.model.lost = []
+
+    @invariant()
+    def agrees(self):
+        if hasattr(self, "pool"):
+            pool, model = self.pool, self.model
+            assert NULL_BLOCK not in model.held
+            assert pool.num_used == len(model.held)
+            assert pool.num_free == pool.num_usable - len(model.held)
+            assert pool.num_cached == len(model.published)
+            for digest, block in model.published.items():
+                assert pool.find([digest]) == [block]
+
+    def teardown(self):
+        if hasattr(self, "pool"):
+            while self.model.hands:
+                self.free(0)
+            self.pool.forget_all()
+            assert self.pool.num_free == self.pool.num_usable
+            blocks = self.pool.allocate(self.pool.num_usable)
+            assert sorted(blocks or []) == list(range(1, self.pool.num_blocks))
+
+
+PoolMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+TestPoolMachine = PoolMachine.TestCase
+
+
+def test_the_oldest_idle_block_goes_first_and_the_end_of_a_prefix_before_its_beginning():
+    pool = BlockPool(6)
+    first, second = pool.allocate(2), pool.allocate(3)
+    assert first == [1, 2]
+    assert second == [3, 4, 5]
+    for block in (1, 2, 3, 4, 5):
+        pool.publish(block, bytes([block]))
+    pool.free(first)
+    pool.free(second)
+    pool.share([1])
+    pool.free([1])  # used again: the youngest now
+    assert [pool.allocate(1) for _ in range(5)] == [[2], [5], [4], [3], [1]]
+
+
+def test_the_first_of_two_equal_blocks_is_kept():
+    pool = BlockPool(4)
+    pool.allocate(2)
+    pool.publish(1, b"a")
+    pool.publish(2, b"a")
+    assert pool.find([b"a"]) == [1]
+    pool.free([2])
+    assert pool.take_discarded() == [2], "nobody can find it"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda pool: pool.publish(3, b"b"),
+        lambda pool: pool.publish(1, b"b"),
+        lambda pool: pool.share([2]),
+    ],
+    ids=["free block", "published twice", "shared unpublished"],
+)
+def test_misuse_is_our_own_mistake(call):
+    pool = BlockPool(4)
+    pool.allocate(2)
+    pool.publish(1, b"a")
+    with pytest.raises(AssertionError):
+        call(pool)
+
+
+# Planted mistakes.
+
+
+class EvictsTheYoungest(BlockPool):
+    def allocate(self, count):
+        self._idle = dict(reversed(self._idle.items()))
+        try:
+            return super().allocate(count)
+        finally:
+            self._idle = dict(reversed(self._idle.items()))
+
+
+class KeepsSharedIdle(BlockPool):
+    def share(self, blocks):
+        idle = dict(self._idle)
+        super().share(blocks)
+        self._idle = idle
+
+
+class KeepsWhatIsForgotten(BlockPool):
+    def forget(self, blocks):
+        pass
+
+
+class FreesForAll(BlockPool):
+    def free(self, blocks):
+        for block in blocks:
+            if block in self._holders:
+                self._holders[block] = 1
+        super().free(blocks)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [EvictsTheYoungest, KeepsSharedIdle, KeepsWhatIsForgotten, FreesForAll],
+    ids=lambda c: c.__name__,
+)
+def test_planted_mistake_in_sharing_is_found(broken):
+    class Broken(PoolMachine):
+        pool_class = broken
+
+    explore = settings(
+        max_examples=300, deadline=None, database=None, derandomize=True, phases=[Phase.generate]
+    )
+    with pytest.raises((AssertionError, KeyError, IndexError)):
+        run_state_machine_as_test(Broken, settings=explore)
 
 
 class HandsOutTwice(BlockPool):
