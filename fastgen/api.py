@@ -200,10 +200,9 @@ class OptimizedModel:
             self.fingerprint = next(reversed(self._graphs))
         elif change is Change.NONE and told:
             self.weights.look_again()
-        if self.compiled.packs_weights and change is not Change.MEMORY:
-            if told or change is Change.VALUES:
-                self._pack_again()
         if told or change is not Change.NONE:
+            if self.compiled.packs_weights and change is not Change.MEMORY:
+                self._pack_again()
             self._begin_epoch()
         if idle:
             what = f"weight check ({self.config.weight_check})"
