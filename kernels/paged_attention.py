@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from . import cpu
 from .attention import attend_reference, attend_sdpa, check_heads, sdpa_refuses
-from .registry import register
+from .registry import CallSite, register
 
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -236,5 +237,103 @@ def _attend_single(query, key_cache, value_cache, block_table, seq_lens, longest
     return output.reshape(num_seqs, num_heads, -1)
 
 
+def paged_attention_cpu(
+    query,
+    key,
+    value,
+    key_cache,
+    value_cache,
+    slot_mapping,
+    block_table,
+    query_start_loc,
+    seq_lens,
+    scale,
+    window,
+    softcap,
+    sinks,
+):
+    """C++ writes the pages and reads them in place for one new token; chunks go through torch."""
+    _write_cache_cpu(key, key_cache, slot_mapping)
+    _write_cache_cpu(value, value_cache, slot_mapping)
+    output = query.new_empty((query.shape[0], query.shape[1], value.shape[2]))
+    starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
+    output[starts[-1] :] = 0
+    single = []
+    for sequence, length in enumerate(lengths):
+        start, end = starts[sequence], starts[sequence + 1]
+        if end - start == 1:
+            single.append(sequence)
+        elif end > start:
+            blocks = block_table[sequence, : -(-length // key_cache.shape[2])]
+            chunk = (
+                query[start:end],
+                read_cache(key_cache, blocks, length),
+                read_cache(value_cache, blocks, length),
+                scale,
+                window,
+            )
+            if softcap or sinks is not None:
+                output[start:end] = attend_reference(*chunk, softcap, sinks)
+            else:
+                output[start:end] = attend_sdpa(*chunk)
+    if single:
+        _attend_single_cpu(
+            query, key_cache, value_cache, block_table, starts, seq_lens, single, output,
+            scale, window, softcap, sinks,
+        )  # fmt: skip
+    return output
+
+
+def _write_cache_cpu(tensor, cache, slot_mapping):
+    tensor = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    cpu.function(f"write_cache_{cpu.name_of(tensor)}", "piippiiiib")(
+        tensor.data_ptr(),
+        *tensor.stride()[:2],
+        cache.data_ptr(),
+        slot_mapping.data_ptr(),
+        *tensor.shape[:2],
+        *cache.shape[2:],
+        torch.get_num_threads(),
+    )
+
+
+def _attend_single_cpu(
+    query, key_cache, value_cache, block_table, starts, seq_lens, single, output,
+    scale, window, softcap, sinks,
+):  # fmt: skip
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    sequences = torch.tensor(single)
+    tokens = torch.tensor([starts[sequence] for sequence in single])
+    sinks = None if sinks is None else sinks.float().contiguous()
+    cpu.function(f"attend_{cpu.name_of(query)}", "piippiiiipipppiididppb")(
+        query.data_ptr(),
+        *query.stride()[:2],
+        key_cache.data_ptr(),
+        value_cache.data_ptr(),
+        *key_cache.shape[1:],
+        value_cache.shape[3],
+        block_table.data_ptr(),
+        block_table.stride(0),
+        seq_lens.data_ptr(),
+        sequences.data_ptr(),
+        tokens.data_ptr(),
+        len(single),
+        query.shape[1] // key_cache.shape[1],
+        scale,
+        window,
+        softcap,
+        None if sinks is None else sinks.data_ptr(),
+        output.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+def cpu_refuses(call: CallSite) -> str | None:
+    if call.args["key_cache"].dtype != call.args["query"].dtype:
+        return "the cache has another dtype than the query"
+    return cpu.refuses(call, "query")
+
+
 register("fastgen::paged_attention", "reference", paged_attention_reference)
 register("fastgen::paged_attention", "sdpa", paged_attention_sdpa, sdpa_refuses)
+register("fastgen::paged_attention", "cpu", paged_attention_cpu, cpu_refuses)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from fastgen.passes import PassReport, run_passes
 from fastgen.passes.pipeline import Pass
-from tiny_models import FAMILIES, VOCAB, left_padded, prompts, tiny_model
+from tiny_models import VOCAB, left_padded, prompts, tiny_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
@@ -95,6 +95,12 @@ def in_fp64(model):
     return model.double()
 
 
+def assert_as_close_as_eager(output, plain, exact):
+    """Twice eager's distance from fp64, and one rounding of the largest logit."""
+    bound = 2 * ((plain - exact).abs().max() + EPS * exact.abs().max())
+    assert (output - exact).abs().max() <= bound
+
+
 def matches(report, name: str = "replace_sdpa") -> int:
     return sum(item.matches for item in report.report.passes if item.name == name)
 
@@ -135,8 +141,7 @@ def test_logits_are_those_of_the_model(name, use_cache):
         plain = model(ids, use_cache=use_cache).logits
         got = compiled(ids, use_cache=use_cache).logits
         exact = in_fp64(model)(ids, use_cache=use_cache).logits
-    bound = 2 * ((plain - exact).abs().max() + EPS * exact.abs().max())
-    assert (got - exact).abs().max() <= bound
+    assert_as_close_as_eager(got, plain, exact)
     (report,) = new_reports()
     assert report.unrewritten is None
     assert matches(report) == 2
@@ -191,18 +196,18 @@ def test_generate_with_a_compiled_forward(name, cache):
     assert sum(map(matches, new_reports())) == 2  # the prompt that is alone
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES))
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_an_optimised_model(name):
     """Its merged weights are seen through the parameters."""
     model = tiny_model(name)
     ids = tokens(1, 11)
     with torch.no_grad():
-        plain = model(ids).logits
+        plain, exact = model(ids).logits, in_fp64(tiny_model(name))(ids).logits
         fastgen.optimize(model)
         compiled = torch.compile(model, backend="fastgen")
-        torch.testing.assert_close(compiled(ids).logits, plain)
+        assert_as_close_as_eager(compiled(ids).logits, plain, exact)
         model.lm_head.weight.mul_(2)
-        torch.testing.assert_close(compiled(ids).logits, 2 * plain)
+        assert_as_close_as_eager(compiled(ids).logits, 2 * plain, 2 * exact)
     assert matches(new_reports()[0]) == 2
     fastgen.restore(model)
 
@@ -462,12 +467,12 @@ def test_an_input_that_is_returned_is_the_input():
 
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_varying_lengths_end_in_one_graph(dynamic):
-    model = tiny_model("llama")
+    model, exact = tiny_model("llama"), in_fp64(tiny_model("llama"))
     compiled = torch.compile(model, backend="fastgen", dynamic=dynamic)
     with torch.no_grad():
         for length in (5, 6, 7, 12, 33, 8):
             ids = tokens(1, length)
-            torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
+            assert_as_close_as_eager(compiled(ids).logits, model(ids).logits, exact(ids).logits)
     assert len(new_reports()) <= 2
     assert all(matches(report) == 2 for report in new_reports())
 

@@ -22,8 +22,9 @@ class Parity:
     """What was compared, and whether it holds.
 
     logits_error and transformers_logits_error: largest difference of the first step's logits in
-    the measured dtype from transformers' in fp32. The first may be twice the second, plus one
-    rounding of the largest logit, which is what two orders of the same sums differ by.
+    the measured dtype from transformers' in fp32 (in fp64, if fp32 is measured). The first may be
+    twice the second, plus one rounding of the largest logit, which is what two orders of the same
+    sums differ by.
     """
 
     fp32_equal: bool
@@ -58,8 +59,10 @@ def check_parity(model: Any, requests: Requests) -> Parity:
 
     exact = copy.deepcopy(model).float()
     expected = _transformers_tokens(exact, prompts, lengths)
-    truth = _first_logits(exact, prompts[0])
     found = _engine_tokens(exact, prompts, lengths)
+    if model.dtype == torch.float32:
+        exact = exact.double()
+    truth = _first_logits(exact, prompts[0])
     del exact
 
     own_tokens = _transformers_tokens(model, prompts, lengths)

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 
-_SOURCES = ("elementwise.cpp",)
+_SOURCES = ("elementwise.cpp", "attention.cpp")
+_HEADERS = ("numbers.h",)
 _FLAGS = (
     "-std=c++17",
     "-O3",
@@ -94,7 +95,7 @@ def _built() -> Path:
         raise MissingLibraryError("no C++ compiler (g++ or $CXX) was found")
     here = Path(__file__).parent
     digest = hashlib.sha256(repr((_FLAGS, compiler, _processor(), torch.__version__)).encode())
-    for name in _SOURCES:
+    for name in (*_SOURCES, *_HEADERS):
         digest.update((here / name).read_bytes())
     try:
         folder = cache_dir()
