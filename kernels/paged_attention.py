@@ -257,6 +257,11 @@ def paged_attention_cpu(
     _write_cache_cpu(value, value_cache, slot_mapping)
     output = query.new_empty((query.shape[0], query.shape[1], value.shape[2]))
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
+    num_slots = block_table.shape[1] * key_cache.shape[2]
+    if max(lengths) > num_slots:  # it would be read past its end
+        raise ValueError(
+            f"the block table must hold each sequence, has {num_slots} slots for {max(lengths)}"
+        )
     output[starts[-1] :] = 0
     single = []
     for sequence, length in enumerate(lengths):

@@ -181,11 +181,26 @@ def test_mixed_batch_equals_dense_attention(name, block_size, dtype):
     case.assert_accurate(case.run(name))
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@DTYPES
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("heads", [(7, 1), (14, 2), (3, 3)], ids=["7q1kv", "14q2kv", "3q3kv"])
 @IMPLEMENTATIONS
-def test_heads_and_head_dims(name, heads, head_dim):
-    case = Case(MIXED, heads=heads, head_dim=head_dim, v_head_dim=head_dim)
+def test_heads_and_head_dims(name, heads, head_dim, dtype):
+    case = Case(MIXED, heads=heads, head_dim=head_dim, v_head_dim=head_dim, dtype=dtype)
+    case.assert_accurate(case.run(name))
+
+
+@DTYPES
+@pytest.mark.parametrize("settings", [{}, {"window": 200}, {"softcap": 2.0}], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80])
+@IMPLEMENTATIONS
+def test_few_long_sequences_on_many_threads(name, head_dim, settings, dtype):
+    """Their pages may be split; a short one beside them has fewer pages than there are parts."""
+    torch.set_num_threads(8)
+    sequences = [Sequence(699, 1), Sequence(2, 1), Sequence(511, 1)]
+    case = Case(
+        sequences, heads=(7, 1), head_dim=head_dim, v_head_dim=64, dtype=dtype, settings=settings
+    )
     case.assert_accurate(case.run(name))
 
 
@@ -204,9 +219,10 @@ SETTINGS = [
 
 @DTYPES
 @pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("head_dim", [64, 80])
 @IMPLEMENTATIONS
-def test_settings(name, settings, dtype):
-    case = Case(MIXED, dtype=dtype, settings=settings)
+def test_settings(name, head_dim, settings, dtype):
+    case = Case(MIXED, head_dim=head_dim, dtype=dtype, settings=settings)
     case.assert_accurate(case.run(name))
 
 
@@ -311,6 +327,14 @@ def test_the_result_does_not_depend_on_the_neighbours(name):
         result = alone.run(name)
         alone.assert_accurate(result)
         alone.assert_accurate(output[start:end].contiguous())
+
+
+def test_a_table_that_is_too_short_is_refused():
+    """Pages are read by their address: past the end of the table there may be anything."""
+    case = Case([Sequence(15, 1)])
+    case.arguments["seq_lens"] += case.arguments["block_table"].shape[1] * 16
+    with pytest.raises(ValueError, match="block table must hold each sequence"):
+        case.run("cpu")
 
 
 @pytest.mark.parametrize("block_size", [16, 64])
