@@ -55,7 +55,10 @@ class Explanation:
         ]
         for item in self.report.passes:
             lines.append(f"  pass          {item.name}: {item.matches} ({item.status})")
-            lines.extend(f"    refused     {where}: {why}" for where, why in item.refused)
+            places: dict[str, list[str]] = {}
+            for where, why in item.refused:
+                places.setdefault(why, []).append(where)
+            lines.extend(f"    refused     {', '.join(at)}: {why}" for why, at in places.items())
         for op, chosen in self.report.kernels.items():
             for name, entry in chosen.items():
                 lines.append(f"  kernel        {op} x {entry['calls']}: {name}")
