@@ -143,7 +143,9 @@ def test_explain_says_what_was_done(optimized):
     optimized.generate(IDS, num_beams=2, max_new_tokens=3)
     explanation = fastgen.explain(optimized)
     text, data = str(explanation), json.loads(explanation.to_json())
-    for needed in ("merge_linears: 4", "fastgen::paged_attention x 2: sdpa", "num_beams=2"):
+    # Which implementation, the machine decides: C++ needs a compiler.
+    (chosen,) = data["kernels"]["fastgen::paged_attention"]
+    for needed in ("merge_linears: 4", f"fastgen::paged_attention x 2: {chosen}", "num_beams=2"):
         assert needed in text
     assert data["passes"][1] == {
         "name": "merge_linears",
