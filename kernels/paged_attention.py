@@ -171,20 +171,10 @@ def paged_attention_sdpa(
     write_cache(key, value, key_cache, value_cache, slot_mapping)
     output = query.new_zeros((query.shape[0], query.shape[1], value.shape[2]))
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
-    single = []
-    for sequence, length in enumerate(lengths):
-        start, end = starts[sequence], starts[sequence + 1]
-        if end - start == 1:
-            single.append(sequence)
-        elif end > start:
-            blocks = block_table[sequence, : -(-length // key_cache.shape[2])]
-            output[start:end] = attend_sdpa(
-                query[start:end],
-                read_cache(key_cache, blocks, length),
-                read_cache(value_cache, blocks, length),
-                scale,
-                window,
-            )
+    single = _attend_chunks(
+        query, key_cache, value_cache, block_table, starts, lengths, output,
+        scale, window, softcap, sinks,
+    )  # fmt: skip
     if single:
         rows = torch.tensor(single, device=query.device)
         tokens = query_start_loc.index_select(0, rows).long()
@@ -199,6 +189,35 @@ def paged_attention_sdpa(
             window,
         )
     return output
+
+
+def _attend_chunks(
+    query, key_cache, value_cache, block_table, starts, lengths, output,
+    scale, window, softcap, sinks,
+):  # fmt: skip
+    """Attention of every sequence with several new tokens, into `output`.
+
+    Returns: the sequences with one new token, which are left to the caller.
+    """
+    single = []
+    for sequence, length in enumerate(lengths):
+        start, end = starts[sequence], starts[sequence + 1]
+        if end - start == 1:
+            single.append(sequence)
+        elif end > start:
+            blocks = block_table[sequence, : -(-length // key_cache.shape[2])]
+            chunk = (
+                query[start:end],
+                read_cache(key_cache, blocks, length),
+                read_cache(value_cache, blocks, length),
+                scale,
+                window,
+            )
+            if softcap or sinks is not None:  # torch's fused attention knows neither
+                output[start:end] = attend_reference(*chunk, softcap, sinks)
+            else:
+                output[start:end] = attend_sdpa(*chunk)
+    return single
 
 
 def _attend_single(query, key_cache, value_cache, block_table, seq_lens, longest, scale, window):
@@ -263,24 +282,10 @@ def paged_attention_cpu(
             f"the block table must hold each sequence, has {num_slots} slots for {max(lengths)}"
         )
     output[starts[-1] :] = 0
-    single = []
-    for sequence, length in enumerate(lengths):
-        start, end = starts[sequence], starts[sequence + 1]
-        if end - start == 1:
-            single.append(sequence)
-        elif end > start:
-            blocks = block_table[sequence, : -(-length // key_cache.shape[2])]
-            chunk = (
-                query[start:end],
-                read_cache(key_cache, blocks, length),
-                read_cache(value_cache, blocks, length),
-                scale,
-                window,
-            )
-            if softcap or sinks is not None:
-                output[start:end] = attend_reference(*chunk, softcap, sinks)
-            else:
-                output[start:end] = attend_sdpa(*chunk)
+    single = _attend_chunks(
+        query, key_cache, value_cache, block_table, starts, lengths, output,
+        scale, window, softcap, sinks,
+    )  # fmt: skip
     if single:
         _attend_single_cpu(
             query, key_cache, value_cache, block_table, starts, seq_lens, single, output,

@@ -21,17 +21,19 @@ aten = torch.ops.aten
 def pack_linears(captured: CapturedGraph) -> PassReport:
     report = PassReport("pack_linears")
     packed: dict[fx.Node, fx.Node] = {}
+    room = captured.pack_budget_bytes - packed_bytes(captured)
     for node in list(captured.graph.nodes):
         if node.op != "call_function" or node.target is not aten.linear.default:
             continue
         weight: fx.Node = node.args[1]  # pyright: ignore
-        why = None if weight in packed else _refusal(captured, weight)
+        why = None if weight in packed else _refusal(captured, weight, room)
         if why is not None:
             report.refuse(node.name, why)
             continue
         if weight not in packed:
             source = captured.inputs[weight.name]
             spec = InputSpec("packed", source.target)
+            room -= _bytes_of(weight)
             packed[weight] = captured.add_input(f"packed_{len(packed)}", spec, weight.meta["val"])
         bias = node.args[2] if len(node.args) > 2 else None
         with captured.graph.inserting_before(node):
@@ -55,13 +57,12 @@ def packed_bytes(captured: CapturedGraph) -> int:
     )
 
 
-def _refusal(captured: CapturedGraph, weight: fx.Node) -> str | None:
+def _refusal(captured: CapturedGraph, weight: fx.Node, room: int) -> str | None:
     spec = captured.inputs.get(weight.name)
     if spec is None or spec.kind not in ("parameter", "merged"):
         return f"{weight.name} is computed, not a weight of the model"
     if (why := why_not_packed(weight.meta["val"])) is not None:
         return why
-    room = captured.pack_budget_bytes - packed_bytes(captured)
     if _bytes_of(weight) > room:
         return f"a packed copy takes {_bytes_of(weight)} bytes, and {room} are left for them"
     return None

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from following import tokens_of
 from safetensors.torch import load_file, load_model, save_file, save_model
 from tiny_models import prompts, tiny_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 import fastgen
 
@@ -19,21 +19,7 @@ TIED = "lm_head.weight"
 
 
 def tied_model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval()
+    return tiny_model("llama", tie_word_embeddings=True)
 
 
 MODELS = {"untied": lambda: tiny_model("qwen2"), "tied": tied_model}
