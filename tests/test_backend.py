@@ -16,7 +16,6 @@ from fastgen.passes import PassReport, run_passes
 from fastgen.passes.pipeline import Pass
 from tiny_models import VOCAB, left_padded, prompts, tiny_model
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 import fastgen
 from fastgen import backend
@@ -43,45 +42,13 @@ def new_reports() -> list[backend.GraphReport]:
     return [report for report in reports() if all(report is not older for older in _older)]
 
 
-def gpt2():
-    config = GPT2Config(
-        vocab_size=VOCAB,
-        n_embd=64,
-        n_layer=2,
-        n_head=4,
-        n_positions=512,
-        initializer_range=0.3,
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(config).eval()
-
-
 def moe():
-    config = Qwen2MoeConfig(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        moe_intermediate_size=32,
-        shared_expert_intermediate_size=32,
-        num_experts=4,
-        num_experts_per_tok=2,
-        initializer_range=0.3,
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    torch.manual_seed(0)
-    return Qwen2MoeForCausalLM(config).eval()
+    """Without windows, which the backend leaves to torch's own attention."""
+    return tiny_model("qwen2_moe", use_sliding_window=False, layer_types=["full_attention"] * 2)
 
 
-MODELS = {name: lambda name=name: tiny_model(name) for name in ("llama", "qwen2")}
-MODELS |= {"gpt2": gpt2, "moe": moe}
+MODELS = {name: lambda name=name: tiny_model(name) for name in ("llama", "qwen2", "gpt2")}
+MODELS["moe"] = moe
 EACH_MODEL = pytest.mark.parametrize("name", sorted(MODELS))
 
 

@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 from fastgen.passes import InputSpec, MergePlan
+from test_fingerprint import change_in_place
 from tiny_models import prompts, tiny_model
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -309,17 +310,6 @@ def test_load_state_dict_reaches_the_merged_weight(live):
 
 
 # Whether memory is where it was.
-
-
-def change_in_place(model):
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.5)
-
-
-def replace_values(model):
-    for parameter in model.parameters():
-        parameter.data = parameter.data + 1
 
 
 def toggle_training(model):
