@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from collections.abc import Callable
 
 import torch
@@ -12,8 +13,10 @@ from ..registry import CallSite
 from .build import MissingLibraryError, library, why_missing
 
 __all__ = [
+    "ISA_LEVELS",
     "MissingLibraryError",
     "function",
+    "isa",
     "library",
     "name_of",
     "refuses",
@@ -25,12 +28,34 @@ _LETTERS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double, "b"
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
+# What the kernels may use of the processor, each more than the one before it (isa.h).
+ISA_LEVELS = ("generic", "avx512_bf16", "amx")
+
+
+@functools.cache
+def isa() -> str:
+    """The instructions that the kernels use: the best there are, or fewer, as FASTGEN_CPU_ISA says.
+
+    Raises: MissingLibraryError. ValueError for a level that is unknown or not to be had here.
+    """
+    highest = ISA_LEVELS[library().highest_isa()]
+    level = os.environ.get("FASTGEN_CPU_ISA") or highest
+    if level not in ISA_LEVELS[: ISA_LEVELS.index(highest) + 1]:
+        raise ValueError(
+            f"FASTGEN_CPU_ISA must be one of {ISA_LEVELS}, at most {highest} on this machine, "
+            f"got {level!r}"
+        )
+    library().set_isa(ISA_LEVELS.index(level))
+    return level
+
+
 @functools.cache
 def function(name: str, arguments: str) -> Callable[..., None]:
     """A function of the library; its arguments as letters: pointer, integer, double, bool or int.
 
     Raises: MissingLibraryError.
     """
+    isa()  # chosen before the first kernel runs
     found = getattr(library(), name)
     found.argtypes = [_LETTERS[letter] for letter in arguments]
     found.restype = None

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-_SOURCES = ("elementwise.cpp", "attention.cpp")
-_HEADERS = ("numbers.h",)
+_SOURCES = ("isa.cpp", "elementwise.cpp", "attention.cpp")
+_HEADERS = ("isa.h", "numbers.h")
 _FLAGS = (
     "-std=c++17",
     "-O3",
