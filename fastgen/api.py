@@ -213,7 +213,6 @@ class OptimizedModel:
         if self._engine is not None:
             self._engine.wait_idle()
         start = time.perf_counter()
-        self.compiled.unbind()  # the old copies go before the new ones are made
         self.compiled.bind(self.weights.resolve(self.compiled.weight_inputs))
         self.seconds["packing again"] = time.perf_counter() - start
 

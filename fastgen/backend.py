@@ -37,7 +37,7 @@ logger = logging.getLogger("fastgen")
 aten = torch.ops.aten
 
 # A graph of Dynamo's has no managed cache, and its weights are not fastgen's to lay out.
-_LEFT_OUT = ("merge_linears", "pack_linears", "insert_paged_cache")
+_LEFT_OUT = ("merge_linears", "pack_gated_linears", "pack_linears", "insert_paged_cache")
 _canonicalize, *_rewrites = (item for item in PASSES if item.name not in _LEFT_OUT)
 BACKEND_PASSES: tuple[Pass, ...] = (_canonicalize, Pass(replace_sdpa), *_rewrites)
 

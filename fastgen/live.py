@@ -14,7 +14,7 @@ from torch import nn
 
 from .checksum import checksums, words_of
 from .errors import UnsupportedModelError
-from .kernels.packed_linear import pack
+from .kernels.packing import huge_pages, pack, packed_bytes, packed_shape
 from .passes import InputSpec, MergePlan
 
 
@@ -90,6 +90,8 @@ class LiveWeights:
         self._words: list[torch.Tensor] = []
         self._sums: tuple[int, ...] = ()
         self._ids: frozenset[int] = frozenset()
+        self._packed: dict[InputSpec, torch.Tensor] = {}
+        self._packed_shapes: dict[InputSpec, tuple] = {}
 
     def attach(self, plans: Iterable[MergePlan]) -> None:
         """Lay out these merged weights and no others, one at a time.
@@ -131,7 +133,7 @@ class LiveWeights:
         Raises: UnsupportedModelError for a weight whose values cannot be watched.
         """
         model = self._require_model()
-        found, watched = {}, {}
+        found, watched, sources = {}, {}, {}
         merged = {plan.name: merged.tensor for plan, merged in self._merged.items()}
         for spec in inputs:
             match spec.kind:
@@ -143,14 +145,27 @@ class LiveWeights:
                 case "merged":
                     found[spec] = merged[spec.target]
                 case "packed" if spec.target in merged:
-                    found[spec] = pack(merged[spec.target])
+                    sources[spec] = merged[spec.target]
                 case "packed":
-                    watched[spec.target] = model.get_parameter(spec.target)
-                    found[spec] = pack(watched[spec.target])
+                    sources[spec] = watched[spec.target] = model.get_parameter(spec.target)
         for plan in self._merged:
             watched.update((name, model.get_parameter(name)) for name in plan.members)
+        found.update(self._pack(sources))
         self._watch(watched)
         return found
+
+    def _pack(self, sources: dict[InputSpec, torch.Tensor]) -> dict[InputSpec, torch.Tensor]:
+        """Packed copies of weights, one after the other in one memory.
+
+        Copies that are there already are written anew where they are.
+        """
+        shapes = {spec: (weight.shape, weight.dtype) for spec, weight in sources.items()}
+        if shapes != self._packed_shapes:
+            self._packed, self._packed_shapes = _room_for(sources), shapes
+        for spec, weight in sources.items():
+            assert spec.layout is not None
+            self._packed[spec] = pack(weight, spec.layout, self._packed.get(spec))
+        return self._packed
 
     def _watch(self, tensors: dict[str, torch.Tensor]) -> None:
         self._watched = [_Watched.of(name, tensor) for name, tensor in tensors.items()]
@@ -176,6 +191,7 @@ class LiveWeights:
     def _forget(self) -> None:
         """Watch nothing, and hold nothing that would keep the memory of a weight."""
         self._watched, self._words, self._sums, self._ids = [], [], (), frozenset()
+        self._packed, self._packed_shapes = {}, {}
 
     def check(self, look_at_values: bool = True) -> Change:
         """Whether the weights changed since `resolve`, or the last call that said VALUES.
@@ -229,6 +245,17 @@ class LiveWeights:
         model = self._model()
         assert model is not None, "the model is gone"
         return model
+
+
+def _room_for(sources: dict[InputSpec, torch.Tensor]) -> dict[InputSpec, torch.Tensor]:
+    """Where the packed copies will lie, for layouts whose memory is ours."""
+    ours = {spec: weight for spec, weight in sources.items() if spec.layout != "onednn"}
+    sizes = [packed_bytes(weight.shape, spec.layout) for spec, weight in ours.items()]
+    parts = huge_pages(sum(sizes)).split(sizes) if sizes else ()
+    return {
+        spec: part.view(weight.dtype).view(packed_shape(weight.shape, spec.layout))
+        for (spec, weight), part in zip(ours.items(), parts, strict=True)
+    }
 
 
 def _tensor(module: nn.Module | None, attribute: str) -> torch.Tensor | None:

@@ -8,6 +8,7 @@ same, and transformers probes for it: there it is an empty module that looks uni
 if __name__ == "fastgen.kernels":
     from .attention import attention
     from .gated_activation import gelu_mul, silu_mul
+    from .packed_gated_linear import packed_gated_linear
     from .packed_linear import packed_linear
     from .paged_attention import paged_attention
     from .registry import CallSite, Choice, Implementation, implementations, select
@@ -22,6 +23,7 @@ if __name__ == "fastgen.kernels":
         "attention",
         "gelu_mul",
         "implementations",
+        "packed_gated_linear",
         "packed_linear",
         "paged_attention",
         "rms_norm",

@@ -14,6 +14,8 @@ from typing import Literal, Self
 import torch
 from torch import fx
 
+from ..kernels.packing import Layout
+
 InputKind = Literal["parameter", "buffer", "constant", "merged", "packed", "batch", "cache"]
 
 # Batch tensors a captured graph starts with; insert_paged_cache adds the rest of ForwardBatch.
@@ -26,11 +28,13 @@ class InputSpec:
 
     target: the parameter's or buffer's qualified name in the live model, the constant's key, the
     merge plan's name, what a packed weight is made from (a parameter or a merged weight), the batch
-    field, or for a cache "key:<layer>" / "value:<layer>".
+    field, or for a cache "key:<layer>" / "value:<layer>". layout: a packed weight's, see
+    kernels/packing.py.
     """
 
     kind: InputKind
     target: str
+    layout: Layout | None = None
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """pack_linears: `aten.linear` over a weight of the model -> `fastgen::packed_linear`.
 
-The packed weight is a second copy in the GEMM's own layout and an input of its own, made from the
-parameter or merged weight that it names, and made again whenever that changes. Required: a weight
-that is an input of the graph and that the kernel can pack, and room for it in
+The packed weight is a second copy in the GEMM's own layout (kernels/packing.py) and an input of its
+own, made from the parameter or merged weight that it names, and made again whenever that changes.
+Required: a weight that is an input of the graph and that the kernel can pack, and room for it in
 `pack_budget_bytes`. Numerics: the same products, summed in the GEMM's order.
 """
 
@@ -11,34 +11,29 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ..kernels.packed_linear import why_not_packed
+from ..kernels import packing
+from ..kernels.packing import Layout
 from .graph import CapturedGraph, InputSpec
+from .pattern import aten, value_of
 from .report import PassReport
-
-aten = torch.ops.aten
 
 
 def pack_linears(captured: CapturedGraph) -> PassReport:
     report = PassReport("pack_linears")
-    packed: dict[fx.Node, fx.Node] = {}
-    room = captured.pack_budget_bytes - packed_bytes(captured)
     for node in list(captured.graph.nodes):
         if node.op != "call_function" or node.target is not aten.linear.default:
             continue
-        weight: fx.Node = node.args[1]  # pyright: ignore
-        why = None if weight in packed else _refusal(captured, weight, room)
+        input, weight = node.args[:2]
+        why = refusal_to_pack(captured, weight)
         if why is not None:
             report.refuse(node.name, why)
             continue
-        if weight not in packed:
-            source = captured.inputs[weight.name]
-            spec = InputSpec("packed", source.target)
-            room -= _bytes_of(weight)
-            packed[weight] = captured.add_input(f"packed_{len(packed)}", spec, weight.meta["val"])
+        packed = packed_input(captured, weight, packing.layout_of(value_of(weight)))
         bias = node.args[2] if len(node.args) > 2 else None
         with captured.graph.inserting_before(node):
             linear = captured.graph.call_function(
-                torch.ops.fastgen.packed_linear.default, (node.args[0], packed[weight], bias)
+                torch.ops.fastgen.packed_linear.default,
+                (input, packed, bias, value_of(weight).shape[0]),
             )
         linear.meta = dict(node.meta)
         node.replace_all_uses_with(linear)
@@ -51,23 +46,50 @@ def pack_linears(captured: CapturedGraph) -> PassReport:
 def packed_bytes(captured: CapturedGraph) -> int:
     """Memory that the packed copies take besides the weights themselves."""
     return sum(
-        _bytes_of(node)
+        value_of(node).numel() * value_of(node).element_size()
         for node in captured.placeholders()
         if captured.inputs[node.name].kind == "packed"
     )
 
 
-def _refusal(captured: CapturedGraph, weight: fx.Node, room: int) -> str | None:
+def refusal_to_pack(
+    captured: CapturedGraph, weight: fx.Node, layout: Layout | None = None
+) -> str | None:
+    """Why a linear's weight cannot be packed, or None.
+
+    layout: The one it must have; default: the best for it.
+    """
     spec = captured.inputs.get(weight.name)
     if spec is None or spec.kind not in ("parameter", "merged"):
         return f"{weight.name} is computed, not a weight of the model"
-    if (why := why_not_packed(weight.meta["val"])) is not None:
+    value = value_of(weight)
+    if (why := packing.why_not_packed(value)) is not None:
         return why
-    if _bytes_of(weight) > room:
-        return f"a packed copy takes {_bytes_of(weight)} bytes, and {room} are left for them"
+    if layout not in (None, "onednn") and (why := packing.why_not_tiles(value)) is not None:
+        return why
+    layout = layout or packing.layout_of(value)
+    if _packed(captured, InputSpec("packed", spec.target, layout)) is not None:
+        return None
+    wanted = packing.packed_bytes(value.shape, layout)
+    room = captured.pack_budget_bytes - packed_bytes(captured)
+    if wanted > room:
+        return f"a packed copy takes {wanted} bytes, and {room} are left for them"
     return None
 
 
-def _bytes_of(node: fx.Node) -> int:
-    value = node.meta["val"]
-    return value.numel() * value.element_size()
+def packed_input(captured: CapturedGraph, weight: fx.Node, layout: Layout) -> fx.Node:
+    """The input that holds a weight's packed copy, made if there is none."""
+    spec = InputSpec("packed", captured.inputs[weight.name].target, layout)
+    found = _packed(captured, spec)
+    if found is None:
+        value = value_of(weight)
+        packed = value.new_empty(packing.packed_shape(value.shape, layout))
+        count = sum(spec.kind == "packed" for spec in captured.inputs.values())
+        found = captured.add_input(f"packed_{count}", spec, packed)
+    return found
+
+
+def _packed(captured: CapturedGraph, spec: InputSpec) -> fx.Node | None:
+    names = (name for name, known in captured.inputs.items() if known == spec)
+    name = next(names, None)
+    return next((node for node in captured.placeholders() if node.name == name), None)

@@ -16,6 +16,7 @@ from .fuse_rope import fuse_rope
 from .graph import CapturedGraph, fake_mode_of
 from .insert_paged_cache import insert_paged_cache
 from .merge_linears import merge_linears
+from .pack_gated_linears import pack_gated_linears
 from .pack_linears import pack_linears
 from .report import PassReport, Report
 
@@ -47,6 +48,7 @@ PASSES: tuple[Pass, ...] = (
     Pass(fuse_rms_norm),
     Pass(fuse_rope),
     Pass(fuse_gated_activation),
+    Pass(pack_gated_linears),
     Pass(pack_linears),
     Pass(insert_paged_cache, required=True),
 )

@@ -15,6 +15,7 @@ import torch
 
 from ..config import SamplingParams
 from ..errors import InvalidRequestError
+from ..kernels.argmax import argmax
 from ..outputs import Logprob
 from .request import Request
 
@@ -109,7 +110,7 @@ def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> Sampled:
                 )
         logits = logits.to(torch.float32, copy=True)
         logits[edited] = rows
-    tokens = torch.argmax(logits, dim=-1)
+    tokens = argmax(logits)
     drawn = [row for row in drawn if row not in errors]
     if drawn:
         chosen = [states[row] for row in drawn]

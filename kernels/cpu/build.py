@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-_SOURCES = ("isa.cpp", "elementwise.cpp", "attention.cpp")
-_HEADERS = ("isa.h", "numbers.h")
+_SOURCES = ("isa.cpp", "argmax.cpp", "elementwise.cpp", "linear.cpp", "attention.cpp")
+_HEADERS = ("amx.h", "isa.h", "numbers.h")
 _FLAGS = (
     "-std=c++17",
     "-O3",

@@ -12,14 +12,6 @@
 
 namespace {
 
-inline float silu(float x) { return x / (1.0f + exponential(-x)); }
-
-inline float gelu_tanh(float x) {
-  float inner = 0.7978845608f * (x + 0.044715f * x * x * x);
-  float t = 1.0f - 2.0f / (exponential(2.0f * inner) + 1.0f);
-  return 0.5f * x * (1.0f + t);
-}
-
 // A tensor of rows: row (i, j) begins at data + i * outer + j * inner.
 template <typename T>
 struct Rows {

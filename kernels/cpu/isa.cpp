@@ -9,7 +9,7 @@
 #include <unistd.h>
 #endif
 
-extern "C" int isa_level = kGeneric;
+int isa_level = kGeneric;
 
 // The highest level that the processor, the system and the compiler's flags allow.
 extern "C" int highest_isa() {
