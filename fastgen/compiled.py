@@ -11,6 +11,7 @@ from torch import fx
 
 from . import kernels
 from .errors import UnsupportedModelError
+from .fold_views import fold_views
 from .passes import CapturedGraph, InputSpec, Report, run_passes
 from .passes.insert_paged_cache import CacheSpec, cache_spec
 from .passes.pack_linears import packed_bytes
@@ -42,6 +43,7 @@ class CompiledForward:
         self.vocab_size = int(graph.output_value().shape[-1])
         lowered = graph.copy()
         report.kernels = choose_kernels(lowered)
+        fold_views(lowered.graph)
         lowered.module.recompile()
         self._forward = lowered.module.forward
         specs = list(self.inputs.values())

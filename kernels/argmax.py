@@ -10,6 +10,8 @@ import torch
 from . import cpu
 from .registry import CallSite, register, select
 
+_ARGMAX = cpu.Kernel("argmax", "pipiib")
+
 
 def argmax_reference(input):
     return torch.argmax(input, dim=-1)
@@ -18,7 +20,7 @@ def argmax_reference(input):
 def argmax_cpu(input):
     input = input if input.stride(1) == 1 else input.contiguous()
     output = torch.empty(input.shape[0], dtype=torch.int64)
-    cpu.function(f"argmax_{cpu.name_of(input)}", "pipiib")(
+    _ARGMAX[input.dtype](
         input.data_ptr(),
         input.stride(0),
         output.data_ptr(),

@@ -15,6 +15,9 @@ import torch.nn.functional as F
 from . import cpu
 from .registry import CallSite, register
 
+_SILU_MUL = cpu.Kernel("silu_mul", "piipiipiiiiib")
+_GELU_TANH_MUL = cpu.Kernel("gelu_tanh_mul", "piipiipiiiiib")
+
 
 def silu_mul_reference(gate, up):
     return (F.silu(gate) * up).contiguous()
@@ -74,13 +77,13 @@ def _(gate, up, tanh):
     return gate.new_empty(gate.shape)
 
 
-def _gated_cpu(name: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def _gated_cpu(kernel: cpu.Kernel, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     output = gate.new_empty(gate.shape)
     rows = cpu.rows_of(gate, up, output)
     if rows is None:
-        return _gated_cpu(name, gate.contiguous(), up.contiguous())
+        return _gated_cpu(kernel, gate.contiguous(), up.contiguous())
     outer, inner, strides = rows
-    cpu.function(f"{name}_{cpu.name_of(gate)}", "piipiipiiiiib")(
+    kernel[gate.dtype](
         gate.data_ptr(),
         *strides[0],
         up.data_ptr(),
@@ -96,11 +99,11 @@ def _gated_cpu(name: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def silu_mul_cpu(gate, up):
-    return _gated_cpu("silu_mul", gate, up)
+    return _gated_cpu(_SILU_MUL, gate, up)
 
 
 def gelu_mul_cpu(gate, up, tanh):
-    return _gated_cpu("gelu_tanh_mul", gate, up)
+    return _gated_cpu(_GELU_TANH_MUL, gate, up)
 
 
 def cpu_refuses(call: CallSite) -> str | None:

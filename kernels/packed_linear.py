@@ -5,6 +5,8 @@ output = input @ weight.T + bias
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -34,21 +36,18 @@ def linear_over_tiles(
     epilogue: int,
 ) -> torch.Tensor:
     """Call the C++ kernel; epilogue: as cpu/linear.cpp counts them."""
-    width = input.shape[-1]
-    if input.dim() != 2:
-        flat = linear_over_tiles(input.reshape(-1, width), weight, bias, out_features, epilogue)
-        return flat.view(*input.shape[:-1], out_features)
-    input = input if input.stride(1) == 1 else input.contiguous()
-    num_rows = input.shape[0]
-    output = input.new_empty((num_rows, out_features))
+    if not input.is_contiguous() and (input.dim() != 2 or input.stride(1) != 1):
+        input = input.contiguous()
+    *leading, width = input.shape
+    output = input.new_empty((*leading, out_features))
     cpu.function("linear", "pipppiiiibb")(
         input.data_ptr(),
-        input.stride(0),
+        input.stride(-2) if input.dim() > 1 else width,
         weight.data_ptr(),
         None if bias is None else bias.data_ptr(),
         output.data_ptr(),
         out_features,
-        num_rows,
+        math.prod(leading),
         out_features,
         width,
         epilogue,

@@ -15,6 +15,8 @@ import torch
 from . import cpu
 from .registry import CallSite, register
 
+_RMS_NORM = cpu.Kernel("rms_norm", "piipiippiipiiiiiddbb")
+
 
 def rms_norm_reference(input, weight, eps, weight_offset, cast_first):
     hidden = input.float()
@@ -139,7 +141,7 @@ def _norm_cpu(input, residual, weight, eps, weight_offset, cast_first):
         made = _norm_cpu(input.contiguous(), rest, weight, eps, weight_offset, cast_first)
         return output.copy_(made[0]), total.copy_(made[1])
     outer, inner, strides = rows
-    cpu.function(f"rms_norm_{cpu.name_of(input)}", "piipiippiipiiiiiddbb")(
+    _RMS_NORM[input.dtype](
         input.data_ptr(),
         *strides[0],
         None if residual is None else residual.data_ptr(),

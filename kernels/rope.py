@@ -14,6 +14,11 @@ import torch
 from . import cpu
 from .registry import CallSite, register
 
+_ROPE = {  # by the tables' dtype
+    dtype: cpu.Kernel(f"rope_{name}", "piipiipipippiiiiiibb")
+    for dtype, name in ((torch.float32, "float32_tables"), (torch.bfloat16, "bfloat16_tables"))
+}
+
 
 def rotate_reference(
     heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
@@ -99,28 +104,33 @@ def _(query, key, cos, sin, interleaved):
 def rope_cpu(query, key, cos, sin, interleaved):
     query, key = _heads(query), _heads(key)
     cos, sin = _heads(cos), _heads(sin)
-    rotated = query.new_empty(query.shape), key.new_empty(key.shape)
-    cpu.function(f"rope_{cpu.name_of(query)}_{cpu.name_of(cos)}", "piipiipipippiiiiiibb")(
+    num_tokens, num_heads, head_dim = query.shape
+    num_kv_heads, key_dim = key.shape[1:]
+    rotated_query = query.new_empty((num_tokens, num_heads, head_dim))
+    rotated_key = query.new_empty((num_tokens, num_kv_heads, key_dim))
+    _ROPE[cos.dtype][query.dtype](
         query.data_ptr(),
-        *query.stride()[:2],
+        query.stride(0),
+        query.stride(1),
         key.data_ptr(),
-        *key.stride()[:2],
+        key.stride(0),
+        key.stride(1),
         cos.data_ptr(),
         cos.stride(0),
         sin.data_ptr(),
         sin.stride(0),
-        rotated[0].data_ptr(),
-        rotated[1].data_ptr(),
-        query.shape[0],
-        query.shape[1],
-        key.shape[1],
-        query.shape[2],
-        key.shape[2],
+        rotated_query.data_ptr(),
+        rotated_key.data_ptr(),
+        num_tokens,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        key_dim,
         cos.shape[1],
         interleaved,
         torch.get_num_threads(),
     )
-    return rotated
+    return rotated_query, rotated_key
 
 
 def _heads(tensor: torch.Tensor) -> torch.Tensor:

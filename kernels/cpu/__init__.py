@@ -14,6 +14,7 @@ from .build import MissingLibraryError, library, why_missing
 
 __all__ = [
     "ISA_LEVELS",
+    "Kernel",
     "MissingLibraryError",
     "function",
     "isa",
@@ -62,6 +63,21 @@ def function(name: str, arguments: str) -> Callable[..., None]:
     return found
 
 
+class Kernel:
+    """A function of the library per dtype: `Kernel(name, arguments)[dtype]` is name_dtype."""
+
+    def __init__(self, name: str, arguments: str) -> None:
+        self.name, self.arguments = name, arguments
+        self._found: dict[torch.dtype, Callable[..., None]] = {}
+
+    def __getitem__(self, dtype: torch.dtype) -> Callable[..., None]:
+        found = self._found.get(dtype)
+        if found is None:
+            name = f"{self.name}_{str(dtype).removeprefix('torch.')}"
+            found = self._found[dtype] = function(name, self.arguments)
+        return found
+
+
 def refuses(call: CallSite, *tensors: str) -> str | None:
     """Why the C++ kernels cannot take a call: its device, the dtype of its tensors, no library."""
     if call.device.type != "cpu":
@@ -85,6 +101,9 @@ def rows_of(*tensors: torch.Tensor) -> tuple[int, int, list[tuple[int, int]]] | 
         tensors lie so that this is not possible.
     """
     first = tensors[0]
+    if all(tensor.is_contiguous() for tensor in tensors):  # as nearly always
+        width = first.shape[-1]
+        return 1, first.numel() // width if width else 0, [(0, width)] * len(tensors)
     if first.shape[-1] > 1 and any(tensor.stride(-1) != 1 for tensor in tensors):
         return None
     dims: list[tuple[int, list[int]]] = []

@@ -12,6 +12,8 @@
 
 namespace {
 
+constexpr int64_t kAlone = 1 << 13;  // elements that one thread does sooner than two are woken
+
 // A tensor of rows: row (i, j) begins at data + i * outer + j * inner.
 template <typename T>
 struct Rows {
@@ -24,7 +26,8 @@ template <typename T>
 void rms_norm(Rows<const T> input, Rows<const T> residual, const T* weight, Rows<T> output,
               Rows<T> total, int64_t num_outer, int64_t num_inner, int64_t width, float eps, float weight_offset,
               bool cast_first, int num_threads) {
-#pragma omp parallel for num_threads(num_threads) schedule(static) if (num_threads > 1)
+#pragma omp parallel for num_threads(num_threads) schedule(static) \
+    if (num_outer * num_inner * width > kAlone)
   for (int64_t row = 0; row < num_outer * num_inner; ++row) {
     int64_t i = row / num_inner, j = row % num_inner;
     const T* x = input.at(i, j);
@@ -87,7 +90,8 @@ void rope(Rows<const T> query, Rows<const T> key, const Table* cos, const Table*
           int64_t cos_stride, int64_t sin_stride, T* query_out, T* key_out, int64_t num_tokens,
           int64_t num_heads, int64_t num_kv_heads, int64_t query_dim, int64_t key_dim,
           int64_t rotary_dim, bool interleaved, int num_threads) {
-#pragma omp parallel for num_threads(num_threads) schedule(static) if (num_threads > 1)
+#pragma omp parallel for num_threads(num_threads) schedule(static) \
+    if (num_tokens * (num_heads * query_dim + num_kv_heads * key_dim) > kAlone)
   for (int64_t token = 0; token < num_tokens; ++token) {
     const Table *c = cos + token * cos_stride, *s = sin + token * sin_stride;
     for (int64_t head = 0; head < num_heads; ++head)
@@ -102,7 +106,8 @@ void rope(Rows<const T> query, Rows<const T> key, const Table* cos, const Table*
 template <typename T, float (*activation)(float)>
 void gated(Rows<const T> gate, Rows<const T> up, Rows<T> output, int64_t num_outer,
            int64_t num_inner, int64_t width, int num_threads) {
-#pragma omp parallel for num_threads(num_threads) schedule(static) if (num_threads > 1)
+#pragma omp parallel for num_threads(num_threads) schedule(static) \
+    if (num_outer * num_inner * width > kAlone)
   for (int64_t row = 0; row < num_outer * num_inner; ++row) {
     const T* g = gate.at(row / num_inner, row % num_inner);
     const T* u = up.at(row / num_inner, row % num_inner);
@@ -142,7 +147,7 @@ void gated(Rows<const T> gate, Rows<const T> up, Rows<T> output, int64_t num_out
   GATED(T, NAME, gelu_tanh)
 
 #define ROPE(T, NAME, TABLE, TABLE_NAME)                                                          \
-  extern "C" void rope_##NAME##_##TABLE_NAME(                                                     \
+  extern "C" void rope_##TABLE_NAME##_tables_##NAME(                                              \
       const T* query, int64_t query_outer, int64_t query_inner, const T* key, int64_t key_outer,  \
       int64_t key_inner, const TABLE* cos, int64_t cos_stride, const TABLE* sin,                  \
       int64_t sin_stride, T* query_out, T* key_out, int64_t num_tokens, int64_t num_heads,        \
