@@ -270,7 +270,7 @@ class EngineCore:
                 self._finish(request, "error", CapacityError("the KV cache pool is too small"))
                 continue
             if request.group is None:
-                self._sampling[request.request_id] = SamplingState(request, self.device)
+                self._sampling[request.request_id] = SamplingState(request)
             if self.config.prefix_cache:
                 request.cache_root = root_digest(
                     self.epoch, self.compiled.graph_id, request.cache_salt

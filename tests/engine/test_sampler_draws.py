@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 from sampler_helpers import (
-    CPU,
     GREEDY,
     PLAIN,
     draws,
@@ -215,7 +214,7 @@ def uses_gaussian_noise(logits, states):
 
 
 def forgets_temperature(logits, states):
-    forgetful = SamplingState(Request([1], PLAIN), CPU)
+    forgetful = SamplingState(Request([1], PLAIN))
     return sample(logits, [forgetful] * len(states)).token_ids
 
 
