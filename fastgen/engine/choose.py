@@ -16,7 +16,7 @@ BLOCK = 512
 
 def largest(values: torch.Tensor) -> torch.Tensor:
     """The first place of each row's largest value: [num_rows, width] float -> [num_rows] int64."""
-    if values.is_cuda or values.shape[1] <= BLOCK:
+    if values.is_cuda or values.shape[1] < 8 * BLOCK:
         return torch.argmax(values, dim=-1)
     start = _reduce_blocks(values, torch.amax).argmax(dim=-1, keepdim=True) * BLOCK
     # The last block may be shorter: its last entry is repeated, and the first of equals is taken.

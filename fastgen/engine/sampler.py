@@ -265,13 +265,14 @@ def filtered_probabilities(
     """Softmax after temperature, min-p, top-k and top-p, in that order.
 
     Args:
-        logits: [num_rows, vocab_size] fp32. params: One per row, all of the form (width, ordered).
+        logits: [num_rows, vocab_size] fp32, overwritten. params: One per row, all of the form
+            (width, ordered).
     Returns: probabilities [num_rows, n] fp32, n <= width, and the token ids they belong to, most
         likely first; None: those of the vocabulary as they are. Tokens that are left out have 0.
     """
     temperature = _column([param.temperature for param in params], logits.device)
     temperature = temperature.clamp(min=torch.finfo(torch.float32).tiny)
-    logits = logits - logits.amax(dim=-1, keepdim=True)
+    logits -= logits.amax(dim=-1, keepdim=True)
     logits /= temperature  # <= 0, so never +inf
     if any(param.min_p for param in params):
         # p >= min_p * p_max, where p_max is exp(0) over the same sum.
