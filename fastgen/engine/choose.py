@@ -45,13 +45,17 @@ def draw_by_weight(weights: torch.Tensor, uniforms: Sequence[float]) -> torch.Te
     places = block * BLOCK + torch.arange(BLOCK, device=weights.device)
     inside = weights.gather(1, places.clamp(max=width - 1)).masked_fill_(places >= width, 0)
     place = _first_above(inside.cumsum(dim=-1, dtype=torch.float64), targets - before)
-    return (block * BLOCK + place).squeeze(1)
+    return (block * BLOCK + place).clamp_(max=width - 1).squeeze(1)
 
 
 def _first_above(sums: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """[num_rows, 1]; a target that rounding has pushed to the end is below the end."""
+    """[num_rows, 1]; a target that rounding has pushed to the end is below the end.
+
+    A row of NaN gives its last place: it must not fail the rows beside it.
+    """
     end = torch.nextafter(sums[:, -1:], torch.zeros_like(targets))
-    return torch.searchsorted(sums, torch.minimum(targets, end), right=True)
+    places = torch.searchsorted(sums, torch.minimum(targets, end), right=True)
+    return places.clamp_(max=sums.shape[1] - 1)
 
 
 def _reduce_blocks(values: torch.Tensor, reduce) -> torch.Tensor:
