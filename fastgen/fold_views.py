@@ -1,4 +1,4 @@
-"""Folding of views in a lowered graph: a chain of slices, reshapes and transposes is one as_strided.
+"""Folding of views in a lowered graph: a chain of slices, reshapes and the like is one as_strided.
 
 Every view costs some microseconds of Python and dispatch, and a step has ten of them per layer.
 """
@@ -98,7 +98,11 @@ def _layout(value: torch.Tensor, sizes: dict[Any, fx.Node]) -> tuple | None:
         return int(expression) if expression.is_number else sizes.get(expression)
 
     size = [argument(number) for number in value.shape]
-    stride = [argument(number) for number in value.stride()]
+    # The stride of a dimension of one element is never used, and may be any size.
+    stride = [
+        1 if number == 1 else argument(step)
+        for number, step in zip(size, value.stride(), strict=True)
+    ]
     offset = argument(value.storage_offset())
     if None in size or None in stride or offset is None:
         return None

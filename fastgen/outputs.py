@@ -122,7 +122,8 @@ class EngineMetrics:
     cache_waste: unused slots / allocated slots, averaged over steps. cache_usage: allocated
     blocks / all blocks, now. prefix_tokens: tokens of the requests that were let in;
     prefix_cache_hit_tokens: those of them that the prefix cache held. num_cached_blocks: blocks
-    whose content can be found, now.
+    whose content can be found, now. forward_seconds: in the model. sampling_seconds: from logits
+    to token ids. host_seconds: the rest of the steps.
     """
 
     engine_steps: int = 0
@@ -141,6 +142,7 @@ class EngineMetrics:
     cache_usage: float = 0.0
     cache_waste: float = 0.0
     forward_seconds: float = 0.0
+    sampling_seconds: float = 0.0
     host_seconds: float = 0.0
 
     @property

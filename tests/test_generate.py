@@ -490,11 +490,15 @@ def test_two_models_of_one_class(family):
 
 def test_a_planted_mistake_is_seen(pair, monkeypatch):
     """The comparison of this file can fail: positions off by one after a block boundary."""
-    from fastgen.engine.request import Request
+    from fastgen.engine import runner
 
-    right = Request.positions
-    monkeypatch.setattr(
-        Request, "positions", lambda self, a, b: [p + (p >= 16) for p in right(self, a, b)]
-    )
+    build_batch = runner.build_batch
+
+    def off_by_one(*args):
+        batch = build_batch(*args)
+        batch.positions += batch.positions >= 16
+        return batch
+
+    monkeypatch.setattr(runner, "build_batch", off_by_one)
     expected, got = both(pair, torch.tensor(prompts(12)), **GREEDY)
     assert not torch.equal(expected, got)

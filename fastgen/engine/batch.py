@@ -31,18 +31,27 @@ class ForwardBatch:
 
 def build_batch(output: SchedulerOutput, block_size: int, device: torch.device) -> ForwardBatch:
     """Lay out a scheduled step; sequences in the order of `output.scheduled`."""
-    scheduled = output.scheduled
-    num_tokens, num_seqs = output.num_tokens, len(scheduled)
+    decodes, items = output.decodes, output.items
+    num_decodes, num_tokens, num_seqs = len(decodes), output.num_tokens, output.num_seqs
     input_ids = np.empty(num_tokens, np.int64)
     positions = np.empty(num_tokens, np.int64)
     slot_mapping = np.empty(num_tokens, np.int64)
-    query_start_loc = np.zeros(num_seqs + 1, np.int32)
+    query_start_loc = np.arange(num_seqs + 1, dtype=np.int32)
     seq_lens = np.empty(num_seqs, np.int32)
-    width = max(len(item.request.block_ids) for item in scheduled)
-    block_table = np.zeros((num_seqs, max(width, 1)), np.int32)
-    logits_indices = []
-    token = 0
-    for row, item in enumerate(scheduled):
+    width = max(1, decodes.block_table.shape[1], *(len(item.request.block_ids) for item in items))
+    block_table = np.zeros((num_seqs, width), np.int32)
+
+    input_ids[:num_decodes] = decodes.token_ids
+    positions[:num_decodes] = decodes.positions
+    seq_lens[:num_decodes] = decodes.seq_lens
+    block_table[:num_decodes, : decodes.block_table.shape[1]] = decodes.block_table
+    block, offset = np.divmod(decodes.seq_lens - 1, block_size)
+    slot_mapping[:num_decodes] = (
+        block_table[np.arange(num_decodes), block].astype(np.int64) * block_size + offset
+    )
+    logits_indices = list(range(num_decodes))
+    token = num_decodes
+    for row, item in enumerate(items, num_decodes):
         request, start, end = item.request, item.start, item.start + item.num_tokens
         here = slice(token, token + item.num_tokens)
         block_table[row, : len(request.block_ids)] = request.block_ids

@@ -64,7 +64,7 @@ class EngineCore:
         )
         self._stats = SchedulerStats()
         self._waiting_for_idle: list[Future] = []
-        self._forward_seconds = self._host_seconds = 0.0
+        self._forward_seconds = self._sampling_seconds = self._host_seconds = 0.0
         self._mailbox = Mailbox()
         thread = threading.Thread(
             target=_run_engine,
@@ -162,11 +162,7 @@ class EngineCore:
     def feed(self, requests: list[Request], token_ids: list[int]) -> None:
         """Append tokens that were chosen outside the engine, one to each request."""
 
-        def append() -> None:
-            for request, token_id in zip(requests, token_ids, strict=True):
-                self._append(request, token_id)
-
-        self._mailbox.post(append)
+        self._mailbox.post(lambda: self._append_all(requests, token_ids))
 
     def read_caches(self, requests: list[Request]) -> list[list[tuple[torch.Tensor, ...]]]:
         """Copies of the keys and values of requests that wait for their next token, per layer.
@@ -274,7 +270,7 @@ class EngineCore:
                 self._finish(request, "error", CapacityError("the KV cache pool is too small"))
                 continue
             if request.group is None:
-                self._sampling[request.request_id] = SamplingState(request, self.device)
+                self._sampling[request.request_id] = SamplingState(request)
             if self.config.prefix_cache:
                 request.cache_root = root_digest(
                     self.epoch, self.compiled.graph_id, request.cache_salt
@@ -320,23 +316,23 @@ class EngineCore:
         output = self._scheduler.schedule()
         if self.poison_freed_blocks and output.freed_blocks:
             self._runner.kv_cache.poison(output.freed_blocks)
-        if not output.scheduled:
+        if not output.num_seqs:
             return False
-        before = time.perf_counter()
         try:
             logits = self._runner.run(output)
-            after = time.perf_counter()
             self._scheduler.advance(output)
             self._counters["engine_steps"] += 1
             self._counters["computed_tokens"] += output.num_tokens
-            self._deliver(output, logits)
+            sampling = self._deliver(output, logits)
         except Exception as error:
-            logger.exception("a step failed; its %d requests end", len(output.scheduled))
+            logger.exception("a step failed; its %d requests end", output.num_seqs)
             for item in output.scheduled:
                 self._finish(item.request, "error", error)
             return True
-        self._forward_seconds += after - before
-        self._host_seconds += time.perf_counter() - after + before - start
+        forward = self._runner.forward_seconds
+        self._forward_seconds += forward
+        self._sampling_seconds += sampling
+        self._host_seconds += time.perf_counter() - start - forward - sampling
         return True
 
     def _tell_idle(self) -> None:
@@ -345,31 +341,46 @@ class EngineCore:
                 idle.set_result(None)
             self._waiting_for_idle.clear()
 
-    def _deliver(self, output: SchedulerOutput, logits: torch.Tensor) -> None:
-        """Hand each request's logits to its lockstep group or to the sampler."""
-        end, rows, states = 0, [], []
-        for item in output.scheduled:
+    def _deliver(self, output: SchedulerOutput, logits: torch.Tensor) -> float:
+        """Hand each request's logits to its lockstep group or to the sampler.
+
+        Returns: seconds of the sampler.
+        """
+        rows: list[int] = []
+        requests: list[Request] = []
+        for row, request in enumerate(output.decodes.requests):
+            if request.group is None:
+                rows.append(row)
+                requests.append(request)
+            else:
+                request.group.offer(request, logits[row])
+        end, num_sampled = len(output.decodes), len(output.decodes)
+        for item in output.items:
             start, end = end, end + item.num_logits
             if item.all_logits:
                 self._note_prompt_logprobs(item, logits[start:end])
             if not item.samples:
                 continue
-            self._counters["output_tokens"] += 1
+            num_sampled += 1
             if item.request.group is not None:
                 item.request.group.offer(item.request, logits[end - 1])
             else:
                 rows.append(end - 1)
-                states.append(self._sampling[item.request.request_id])
+                requests.append(item.request)
+        self._counters["output_tokens"] += num_sampled
         if not rows:
-            return
+            return 0.0
+        before = time.perf_counter()
+        states = [self._sampling[request.request_id] for request in requests]
         sampled = sample(logits if len(rows) == len(logits) else logits[rows], states)
-        for row, (state, token_id) in enumerate(zip(states, sampled.token_ids, strict=True)):
-            if row in sampled.errors:
-                self._finish(state.request, "error", sampled.errors[row])
-                continue
-            if row in sampled.logprobs:
-                state.request.logprobs.append(sampled.logprobs[row])
-            self._append(state.request, token_id)
+        after = time.perf_counter()
+        for row, error in sampled.errors.items():
+            self._finish(requests[row], "error", error)
+        for row, logprobs in sampled.logprobs.items():
+            if row not in sampled.errors:
+                requests[row].logprobs.append(logprobs)
+        self._append_all(requests, sampled.token_ids)
+        return after - before
 
     def _note_prompt_logprobs(self, item: ScheduledRequest, logits: torch.Tensor) -> None:
         """Row i of the logits says how likely token start + i + 1 was."""
@@ -384,6 +395,18 @@ class EngineCore:
             targets = prompt[first : last + 1]
             rows = logits[first - item.start - 1 : last - item.start]
             known.extend(logprobs_of(rows, targets, request.sampling.prompt_logprobs or 0))
+
+    def _append_all(self, requests: list[Request], token_ids: list[int]) -> None:
+        """Add a token to each request that has not ended."""
+        rest = range(len(requests))
+        if self._scheduler is not None:
+            rest = self._scheduler.append_tokens(requests, token_ids)
+        one_by_one = set(rest)
+        for place, request in enumerate(requests):
+            if request.stream and place not in one_by_one:
+                request.events.put(("token", token_ids[place], request.index))
+        for place in reversed(rest):  # of the running requests the last leaves with the least work
+            self._append(requests[place], token_ids[place])
 
     def _append(self, request: Request, token_id: int) -> None:
         if request.status is RequestStatus.FINISHED:
@@ -437,6 +460,7 @@ class EngineCore:
             prefix_cache_hit_tokens=self._stats.prefix_hit_tokens,
             cache_waste=self._stats.cache_waste,
             forward_seconds=self._forward_seconds,
+            sampling_seconds=self._sampling_seconds,
             host_seconds=self._host_seconds,
         )
 

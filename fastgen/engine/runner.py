@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -13,16 +14,23 @@ from .scheduler import SchedulerOutput
 
 
 class Runner:
-    """The compiled forward and its KV cache on one device."""
+    """The compiled forward and its KV cache on one device.
+
+    forward_seconds: Of the last step; on a GPU until the kernels are queued, not until they ran.
+    """
 
     def __init__(self, compiled: CompiledForward, kv_cache: KVCache, device: torch.device) -> None:
         self.compiled, self.kv_cache, self.device = compiled, kv_cache, device
+        self.forward_seconds = 0.0
 
     @torch.inference_mode()
     def run(self, output: SchedulerOutput) -> torch.Tensor:
         """Run one step; logits [rows that sample, vocab_size] in the order of `scheduled`."""
         batch = build_batch(output, self.kv_cache.block_size, self.device)
-        return self.compiled(batch, self.kv_cache)
+        start = time.perf_counter()
+        logits = self.compiled(batch, self.kv_cache)
+        self.forward_seconds = time.perf_counter() - start
+        return logits
 
     def read_cache(self, block_ids: Sequence[int], length: int) -> list[tuple[torch.Tensor, ...]]:
         """A sequence's keys and values, copied: per layer two [num_kv_heads, length, head_dim]."""

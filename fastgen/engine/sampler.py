@@ -17,22 +17,46 @@ from ..config import SamplingParams
 from ..errors import InvalidRequestError
 from ..kernels.argmax import argmax
 from ..outputs import Logprob
+from .choose import draw_by_weight
 from .request import Request
 
 _NEVER = float("-inf")
+# A nucleus is looked for among so many tokens before the whole vocabulary is sorted.
+NUCLEUS = 1024
+# Entries of the rows that are filtered together on a CPU: they stay in its cache.
+_CHUNK = 1 << 20
+_NUM_UNIFORMS = 64  # drawn ahead, because each call of a generator costs a microsecond or two
 
 
 class SamplingState:
     """What the sampler keeps of one request between steps.
 
-    generator: None for a greedy request. num_generated: how often each token was.
+    generator: None for a greedy request; a CPU's on every device, so that seeds mean the same.
+    is_plain: the model's best token is all that is ever wanted. num_generated: how often each
+    token was.
     """
 
-    def __init__(self, request: Request, device: torch.device) -> None:
+    def __init__(self, request: Request) -> None:
         self.request = request
         self.generator: torch.Generator | None = None
-        if not request.sampling.greedy:
-            self.generator = torch.Generator(device=device).manual_seed(request.seed)
+        params = request.sampling
+        if not params.greedy:
+            self.generator = torch.Generator().manual_seed(request.seed)
+        self._uniforms: list[float] = []
+        self._always_edits = bool(
+            params.allowed_token_ids is not None
+            or request.bad_words
+            or params.logit_bias
+            or params.repetition_penalty != 1
+            or params.presence_penalty
+            or params.frequency_penalty
+        )
+        self.is_plain = (
+            params.greedy
+            and params.logprobs is None
+            and not params.min_tokens
+            and not self._always_edits
+        )
         self.num_generated: Counter[int] = Counter()
         self._num_counted = 0
 
@@ -69,16 +93,14 @@ class SamplingState:
     @property
     def edits_logits(self) -> bool:
         """Whether the logits are changed before the best token can be taken."""
-        params, request = self.params, self.request
-        return bool(
-            params.allowed_token_ids is not None
-            or request.bad_words
-            or len(request.output_token_ids) < params.min_tokens
-            or params.logit_bias
-            or params.repetition_penalty != 1
-            or params.presence_penalty
-            or params.frequency_penalty
-        )
+        return self._always_edits or len(self.request.output_token_ids) < self.params.min_tokens
+
+    def next_uniform(self) -> float:
+        """The generator's next number in [0, 1)."""
+        if not self._uniforms:
+            drawn = torch.rand(_NUM_UNIFORMS, generator=self.generator, dtype=torch.float64)
+            self._uniforms = drawn.flip(0).tolist()
+        return self._uniforms.pop()
 
 
 @dataclass
@@ -97,24 +119,26 @@ def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> Sampled:
         logits: [num_rows, vocab_size], any float dtype.
         states: One per row.
     """
+    if all(state.is_plain for state in states):
+        return Sampled(argmax(logits).tolist())
     edited = [row for row, state in enumerate(states) if state.edits_logits]
-    drawn = [row for row, state in enumerate(states) if state.generator is not None]
-    raw, errors = logits, {}
+    others = sorted(set(range(len(states))).difference(edited))
+    errors: dict[int, InvalidRequestError] = {}
+    tokens = torch.zeros(len(states), dtype=torch.long, device=logits.device)
+    if others:
+        tokens[others] = _choose(logits, others, [states[row] for row in others])
     if edited:
-        rows = logits[edited].float()
-        edit_logits(rows, [states[row] for row in edited])
-        for row, best in zip(edited, rows.amax(dim=-1).tolist(), strict=True):
+        changed = logits[edited].float()
+        edit_logits(changed, [states[row] for row in edited])
+        for row, best in zip(edited, changed.amax(dim=-1).tolist(), strict=True):
             if best == _NEVER:
                 errors[row] = InvalidRequestError(
                     "allowed_token_ids, bad_words and min_tokens together allow no token"
                 )
-        logits = logits.to(torch.float32, copy=True)
-        logits[edited] = rows
-    tokens = argmax(logits)
-    drawn = [row for row in drawn if row not in errors]
-    if drawn:
-        chosen = [states[row] for row in drawn]
-        tokens[drawn] = draw(logits[drawn].float(), chosen)
+        places = [place for place, row in enumerate(edited) if row not in errors]
+        if places:
+            rows = [edited[place] for place in places]
+            tokens[rows] = _choose(changed, places, [states[row] for row in rows])
     result = Sampled(tokens.tolist(), errors=errors)
     # Which of two equally likely tokens comes first may depend on how many are asked for, so only
     # rows that ask for equally many are computed together.
@@ -123,9 +147,20 @@ def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> Sampled:
         if (count := state.params.logprobs) is not None:
             by_count.setdefault(count, []).append(row)
     for count, rows in by_count.items():
-        found = logprobs_of(raw[rows], [result.token_ids[row] for row in rows], count)
+        found = logprobs_of(logits[rows], [result.token_ids[row] for row in rows], count)
         result.logprobs.update(zip(rows, found, strict=True))
     return result
+
+
+def _choose(logits: torch.Tensor, rows: list[int], states: Sequence[SamplingState]) -> torch.Tensor:
+    """The best token, or one that is drawn, of some rows of the logits: [len(rows)] int64."""
+    drawn = [place for place, state in enumerate(states) if state.generator is not None]
+    if len(drawn) == len(rows):
+        return draw(logits, rows, states)
+    tokens = argmax(logits)[rows]
+    if drawn:
+        tokens[drawn] = draw(logits, [rows[i] for i in drawn], [states[i] for i in drawn])
+    return tokens
 
 
 def edit_logits(logits: torch.Tensor, states: Sequence[SamplingState]) -> None:
@@ -186,28 +221,36 @@ def _presences_and_frequencies(state: SamplingState) -> dict[int, float]:
     return {token: presence + frequency * n for token, n in state.num_generated.items()}
 
 
-def draw(logits: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
-    """Draw a token per row, after temperature, min-p, top-k and top-p: [num_rows] int64.
+def draw(
+    logits: torch.Tensor, rows: Sequence[int], states: Sequence[SamplingState]
+) -> torch.Tensor:
+    """Draw a token per row, after temperature, min-p, top-k and top-p: [len(rows)] int64.
 
     Args:
-        logits: [num_rows, vocab_size] fp32. states: One per row, with a generator.
+        logits: [num_rows, vocab_size], any float dtype. rows: Those that are drawn from.
+        states: One per entry of `rows`, with a generator.
     """
-    params = [state.params for state in states]
+    vocab_size = logits.shape[1]
     tokens = torch.empty(len(states), dtype=torch.long, device=logits.device)
     # Only rows of one form are computed together: how a sum is rounded may depend on its width.
     by_form: dict[tuple[int, bool], list[int]] = {}
-    for row, own in enumerate(params):
-        by_form.setdefault(form_of(own, logits.shape[1]), []).append(row)
-    for (width, ordered), rows in by_form.items():
-        probabilities, ids = filtered_probabilities(
-            logits[rows], [params[row] for row in rows], width, ordered
-        )
-        noise = torch.empty_like(probabilities)
-        for row, own_noise in zip(rows, noise, strict=True):
-            own_noise.exponential_(generator=states[row].generator)
-        # argmax(p / Exp(1)) draws from p (the exponential race).
-        best = torch.argmax(probabilities / noise, dim=-1, keepdim=True)
-        tokens[rows] = (best if ids is None else ids.gather(1, best)).squeeze(1)
+    for place, state in enumerate(states):
+        by_form.setdefault(form_of(state.params, vocab_size), []).append(place)
+    for (width, ordered), members in by_form.items():
+        step = len(members) if logits.is_cuda else max(1, _CHUNK // vocab_size)
+        for start in range(0, len(members), step):
+            places = members[start : start + step]
+            own = [states[place] for place in places]
+            probabilities, ids = filtered_probabilities(
+                logits[[rows[place] for place in places]].float(),
+                [state.params for state in own],
+                width,
+                ordered,
+            )
+            drawn = draw_by_weight(probabilities, [state.next_uniform() for state in own])
+            if ids is not None:
+                drawn = ids.gather(1, drawn.unsqueeze(1)).squeeze(1)
+            tokens[places] = drawn
     return tokens
 
 
@@ -223,31 +266,54 @@ def filtered_probabilities(
     """Softmax after temperature, min-p, top-k and top-p, in that order.
 
     Args:
-        logits: [num_rows, vocab_size] fp32. params: One per row, all of the form (width, ordered).
-    Returns: probabilities [num_rows, width] fp32, and the token ids they belong to, most likely
-        first; None: those of the vocabulary as they are.
+        logits: [num_rows, vocab_size] fp32, overwritten. params: One per row, all of the form
+            (width, ordered).
+    Returns: probabilities [num_rows, n] fp32, n <= width, and the token ids they belong to, most
+        likely first; None: those of the vocabulary as they are. Tokens that are left out have 0.
     """
     temperature = _column([param.temperature for param in params], logits.device)
     temperature = temperature.clamp(min=torch.finfo(torch.float32).tiny)
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # <= 0, so never +inf
-    min_p = _column([param.min_p for param in params], logits.device)
-    if bool(min_p.any()):
+    logits -= logits.amax(dim=-1, keepdim=True)
+    logits /= temperature  # <= 0, so never +inf
+    if any(param.min_p for param in params):
         # p >= min_p * p_max, where p_max is exp(0) over the same sum.
-        logits = logits.masked_fill(logits < min_p.log(), _NEVER)
+        min_p = _column([param.min_p for param in params], logits.device)
+        logits.masked_fill_(logits < min_p.log(), _NEVER)
     if not ordered:
         return torch.softmax(logits, dim=-1), None
+    top_p = _column([param.top_p for param in params], logits.device)
     if width < logits.shape[1]:
         logits, ids = logits.topk(width, dim=-1)
+        probabilities = torch.softmax(logits, dim=-1)
     else:
-        logits, ids = logits.sort(dim=-1, descending=True)
-    probabilities = torch.softmax(logits, dim=-1)
+        probabilities, ids = _most_likely(torch.softmax(logits, dim=-1), top_p)
     if all(param.top_p == 1 for param in params):
         return probabilities, ids
-    top_p = _column([param.top_p for param in params], logits.device)
-    before = probabilities.cumsum(dim=-1) - probabilities
-    dropped = (before >= top_p) & (top_p < 1)
-    dropped[:, 0] = False  # the most likely token always stays
-    return torch.softmax(logits.masked_fill(dropped, _NEVER), dim=-1), ids
+    reached = probabilities.cumsum(dim=-1)
+    dropped = torch.zeros_like(probabilities, dtype=torch.bool)  # never the most likely token
+    dropped[:, 1:] = (reached[:, :-1] >= top_p) & (top_p < 1)
+    kept = reached.masked_fill(dropped, 0).amax(dim=-1, keepdim=True)
+    kept.masked_fill_(top_p == 1, 1.0)
+    return probabilities.masked_fill_(dropped, 0).div_(kept), ids
+
+
+def _most_likely(
+    probabilities: torch.Tensor, top_p: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities in order and their token ids, as many as any row needs to reach its top_p.
+
+    A row that needs no more than NUCLEUS has zeros behind them.
+    """
+    if probabilities.shape[1] <= NUCLEUS:
+        return probabilities.sort(dim=-1, descending=True)
+    best, ids = probabilities.topk(NUCLEUS, dim=-1)
+    flat = (best.cumsum(dim=-1)[:, -1] < top_p.squeeze(1)).nonzero().squeeze(1)
+    if not len(flat):
+        return best, ids
+    all_best, all_ids = torch.zeros_like(probabilities), torch.zeros_like(probabilities).long()
+    all_best[:, :NUCLEUS], all_ids[:, :NUCLEUS] = best, ids
+    all_best[flat], all_ids[flat] = probabilities[flat].sort(dim=-1, descending=True)
+    return all_best, all_ids
 
 
 def logprobs_of(

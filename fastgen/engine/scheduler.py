@@ -16,12 +16,15 @@ from __future__ import annotations
 import bisect
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from .block_pool import BlockPool
 from .prefix_cache import block_digests
 from .request import Request, RequestStatus
+from .running_rows import Decodes, RunningRows
 
 # Prompt tokens of a step whose logits are wanted: each costs a row of the vocabulary's size.
 MAX_PROMPT_LOGITS = 256
@@ -52,14 +55,31 @@ class ScheduledRequest:
 
 @dataclass
 class SchedulerOutput:
-    """One step: what runs, and the blocks whose content was given up since the last one."""
+    """One step: what runs, and the blocks whose content was given up since the last one.
 
-    scheduled: list[ScheduledRequest] = field(default_factory=list)
+    decodes: The oldest requests, if they run their last token; nearly all of most steps. items: Of
+    the requests that follow them.
+    """
+
+    items: list[ScheduledRequest] = field(default_factory=list)
     freed_blocks: list[int] = field(default_factory=list)
+    decodes: Decodes = field(default_factory=lambda: RunningRows().decodes([]))
 
     @property
     def num_tokens(self) -> int:
-        return sum(item.num_tokens for item in self.scheduled)
+        return len(self.decodes) + sum(item.num_tokens for item in self.items)
+
+    @property
+    def num_seqs(self) -> int:
+        return len(self.decodes) + len(self.items)
+
+    @property
+    def scheduled(self) -> list[ScheduledRequest]:
+        """All of the step in one form, for those who have time."""
+        decodes = zip(self.decodes.requests, self.decodes.seq_lens.tolist(), strict=True)
+        return [ScheduledRequest(r, length - 1, 1, samples=True) for r, length in decodes] + [
+            *self.items
+        ]
 
 
 @dataclass
@@ -101,6 +121,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
+        self.rows = RunningRows()
         self.stats = stats or SchedulerStats()
         self._num_arrived = 0
 
@@ -128,7 +149,7 @@ class Scheduler:
         """Spend one step's budget; the caller must run it and call `advance`."""
         output = SchedulerOutput()
         budget = _Budget(self.max_num_batched_tokens, MAX_PROMPT_LOGITS)
-        index = 0
+        index = self._schedule_decodes(output, budget)
         while index < len(self.running) and budget.tokens > 0:
             request = self.running[index]
             item = self._next_tokens(request, budget)
@@ -151,13 +172,37 @@ class Scheduler:
 
     def advance(self, output: SchedulerOutput) -> None:
         """Record that a step ran: its tokens are in the cache."""
-        for item in output.scheduled:
-            if item.request.status is not RequestStatus.RUNNING:
+        decodes, items = output.decodes, output.items
+        if self._are_first(decodes.requests):
+            self.rows.num_computed[: len(decodes)] = decodes.seq_lens
+            for request, num_computed in zip(
+                decodes.requests, decodes.seq_lens.tolist(), strict=True
+            ):
+                request.num_computed_tokens = num_computed
+        else:  # one of them ended while the step ran
+            items = output.scheduled
+        for item in items:
+            request = item.request
+            if request.status is not RequestStatus.RUNNING:
                 continue
             if item.query is not None:
-                item.request.query_done, item.request.last_is_cached = True, False
+                request.query_done, request.last_is_cached = True, False
             else:
-                item.request.num_computed_tokens = item.start + item.num_tokens
+                request.num_computed_tokens = item.start + item.num_tokens
+            self.rows.write(self._row(request), request)
+
+    def append_tokens(self, requests: list[Request], token_ids: Sequence[int]) -> list[int]:
+        """Add a sampled token to each request that it cannot end.
+
+        Returns: the places of the others, which `append_token` must take.
+        """
+        if not self._are_first(requests):
+            return list(range(len(requests)))
+        left_alone = self.rows.append(np.array(token_ids, np.int64)).tolist()
+        for request, token_id, skip in zip(requests, token_ids, left_alone, strict=True):
+            if not skip:
+                request.output_token_ids.append(token_id)
+        return [place for place, skip in enumerate(left_alone) if skip]
 
     def append_token(self, request: Request, token_id: int) -> str | None:
         """Add a sampled token; ends the request and returns the reason if it was the last."""
@@ -178,6 +223,8 @@ class Scheduler:
             reason = "length"
         if reason is not None:
             self.finish(request, reason)
+        elif request.status is RequestStatus.RUNNING:
+            self.rows.write(self._row(request), request)
         return reason
 
     def finish(self, request: Request, reason: str, error: BaseException | None = None) -> None:
@@ -186,7 +233,7 @@ class Scheduler:
             return
         match request.status:
             case RequestStatus.RUNNING:
-                self.running.remove(request)
+                self._leave(request)
             case RequestStatus.WAITING:
                 self.waiting.remove(request)
         if error is not None:
@@ -214,13 +261,52 @@ class Scheduler:
         request.num_published_blocks = len(shared)
         request.num_computed_tokens = num_cached
         request.last_is_cached = num_cached == request.num_tokens and not request.needs_query
-        bisect.insort(self.running, request, key=_age)
+        assert not self.running or _age(self.running[-1]) < _age(request), "an older one waited"
+        self.running.append(request)
+        self.rows.add(request)
         return True
+
+    def _leave(self, request: Request) -> None:
+        row = self._row(request)
+        del self.running[row]
+        self.rows.remove(row)
+
+    def _row(self, request: Request) -> int:
+        """The place of a running request."""
+        return bisect.bisect_left(self.running, _age(request), key=_age)
+
+    def _are_first(self, requests: list[Request]) -> bool:
+        """Whether these are the oldest running requests, in order."""
+        return self.running[: len(requests)] == requests
 
     def _published_prefix(self, request: Request) -> list[int]:
         if request.needs_prompt_logits:
             return []  # every prompt token must be computed
         return self.pool.find(block_digests(request, request.num_tokens, self.block_size))
+
+    def _schedule_decodes(self, output: SchedulerOutput, budget: _Budget) -> int:
+        """The oldest requests that have just their last token to run, and how many they are.
+
+        None if there are not the blocks for all of them: then the youngest gives up its own.
+        """
+        count = min(self.rows.num_ready(), budget.tokens)
+        num_tokens = self.rows.num_tokens[:count]
+        opens = self.rows.num_blocks[:count] * self.block_size < num_tokens
+        if not count or np.count_nonzero(opens) > self.pool.num_free:
+            return 0
+        fills = num_tokens % self.block_size == 0
+        for row in np.flatnonzero(opens | fills).tolist():
+            request = self.running[row]
+            if opens[row]:
+                blocks = self.pool.allocate(1)
+                assert blocks is not None, "free blocks were counted and not found"
+                request.block_ids.extend(blocks)
+                self.rows.add_blocks(row, blocks)
+            if fills[row]:
+                self._publish(request, int(num_tokens[row]))
+        output.decodes = self.rows.decodes(self.running[:count])
+        budget.tokens -= count
+        return count
 
     def _next_tokens(self, request: Request, budget: _Budget) -> ScheduledRequest | None:
         """The next piece of a request's work, or None if it waits for its token or its turn."""
@@ -247,7 +333,7 @@ class Scheduler:
         return ScheduledRequest(request, start, 1, samples=True, query=query)
 
     def _add(self, output: SchedulerOutput, item: ScheduledRequest, budget: _Budget) -> None:
-        output.scheduled.append(item)
+        output.items.append(item)
         budget.tokens -= item.num_tokens
         if item.all_logits:
             budget.prompt_logits -= item.num_tokens
@@ -270,7 +356,9 @@ class Scheduler:
         blocks = self.pool.allocate(self._missing_blocks(request, item))
         if blocks is None:
             return False
-        request.block_ids.extend(blocks)
+        if blocks:
+            request.block_ids.extend(blocks)
+            self.rows.add_blocks(self._row(request), blocks)
         return True
 
     def _reserve(self, request: Request, item: ScheduledRequest) -> bool:
@@ -283,7 +371,7 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request) -> None:
-        self.running.remove(request)
+        self._leave(request)
         self._free(request)
         request.status = RequestStatus.WAITING
         request.num_computed_tokens = 0
@@ -301,12 +389,10 @@ class Scheduler:
     def _count_waste(self, output: SchedulerOutput) -> None:
         """Only the end of a request's last blocks is unused: shared blocks are full."""
         allocated = self.pool.num_used * self.block_size
-        if not output.scheduled or not allocated:
+        if not output.num_seqs or not allocated:
             return
-        unused = sum(
-            len(r.block_ids) * self.block_size - r.num_computed_tokens for r in self.running
-        )
-        unused -= sum(item.num_tokens for item in output.scheduled if item.query is None)
+        unused = self.rows.num_unused_slots(self.block_size) - len(output.decodes)
+        unused -= sum(item.num_tokens for item in output.items if item.query is None)
         self.stats.waste_sum += unused / allocated
         self.stats.waste_steps += 1
 

@@ -13,7 +13,6 @@ from fastgen.engine.sampler import SamplingState, filtered_probabilities, form_o
 
 GREEDY = SamplingParams(temperature=0.0)
 PLAIN = SamplingParams()
-CPU = torch.device("cpu")
 
 
 def state(
@@ -26,7 +25,7 @@ def state(
     """A request with this history, and a generator of its own."""
     request = Request(list(prompt), params, seed=seed, **fields)
     request.output_token_ids = list(output)
-    return SamplingState(request, CPU)
+    return SamplingState(request)
 
 
 def draws(logits: torch.Tensor, params: Sequence[SamplingParams], seeds) -> list[int]:

@@ -147,11 +147,11 @@ class Simulation:
                 assert output.scheduled[0].request is oldest, "the oldest did not come first"
         sampled = self.runner.run(output)
         self.scheduler.advance(output)
-        for request, token_id in sampled.items():
-            if request in self.late:
-                self.late[request] = token_id
-            else:
-                self.scheduler.append_token(request, token_id)
+        for request in [request for request in sampled if request in self.late]:
+            self.late[request] = sampled.pop(request)
+        requests, token_ids = list(sampled), list(sampled.values())
+        for place in self.scheduler.append_tokens(requests, token_ids):
+            self.scheduler.append_token(requests[place], token_ids[place])
         self.check_state()
         return output
 
@@ -209,10 +209,28 @@ class Simulation:
             assert [r for r in self.requests if r.status is status] == queue, "order of arrival"
         if running and waiting:
             assert running[-1].request_id < waiting[0].request_id, "an older request waits"
+        self.check_rows()
         for request in self.requests:
             if request.status is not RequestStatus.RUNNING:
                 assert not request.block_ids
             assert (request.status is RequestStatus.FINISHED) == (request.finish_reason is not None)
+
+    def check_rows(self) -> None:
+        """The arrays say what the running requests say."""
+        rows, running = self.scheduler.rows, self.scheduler.running
+        assert rows.num_rows == len(running)
+        for row, request in enumerate(running):
+            blocks = request.block_ids
+            assert rows.num_blocks[row] == len(blocks)
+            assert rows.block_table[row, : len(blocks)].tolist() == blocks
+            assert not rows.block_table[row, len(blocks) :].any()
+            assert rows.num_tokens[row] == request.num_tokens
+            assert rows.num_computed[row] == request.num_computed_tokens
+            assert rows.num_left[row] == request.sampling.max_tokens - len(request.output_token_ids)
+            if request.num_tokens:
+                assert [rows.last_token[row]] == request.token_ids(
+                    request.num_tokens - 1, request.num_tokens
+                )
 
     def check_outputs(self) -> None:
         for request in self.requests:

@@ -498,6 +498,7 @@ def test_metrics_of_the_engine(make_engine, expected):
     assert metrics.cache_usage == 0.0
     assert 0 < metrics.cache_waste < 1
     assert metrics.forward_seconds > 0
+    assert metrics.sampling_seconds > 0
     assert metrics.host_seconds > 0
 
 

@@ -16,7 +16,7 @@ from engine_helpers import (  # noqa: F401 - the fixtures are used by name
     model_fixture,
     within,
 )
-from sampler_helpers import CPU, PLAIN, probabilities_of, random_logits, state
+from sampler_helpers import PLAIN, probabilities_of, random_logits, state
 from tiny_models import VOCAB
 from transformers.generation.logits_process import (
     LogitsProcessorList,
@@ -206,7 +206,7 @@ def test_row_that_can_have_no_token_is_named_and_alone():
     nothing = SamplingParams(allowed_token_ids=(1,), temperature=0.0)
     logits = random_logits(4, 10)
     states = [state(PLAIN, 1), state(nothing, bad_words=((1,),)), state(PLAIN, 2)]
-    states.append(SamplingState(state(SamplingParams(allowed_token_ids=(4,))).request, CPU))
+    states.append(SamplingState(state(SamplingParams(allowed_token_ids=(4,))).request))
     sampled = sample(logits, states)
     assert list(sampled.errors) == [1]
     assert "allow no token" in str(sampled.errors[1])

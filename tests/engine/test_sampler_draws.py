@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 from sampler_helpers import (
-    CPU,
     GREEDY,
     PLAIN,
     draws,
@@ -117,16 +116,28 @@ def test_probabilities_are_bit_equal_beside_a_filtering_row():
 
 
 def test_ties_are_broken_the_same_beside_a_filtering_row():
-    """Logits made so that many tokens win the race by a rounding error only."""
+    """Logits made so that a rounding error decides which token is drawn."""
     vocab_size, changed = 1000, []
     for seed in range(30):
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.empty(vocab_size).exponential_(generator=generator)
-        logits = noise.log().unsqueeze(0)
+        uniform = state(PLAIN, seed).next_uniform()
+        probabilities = torch.full((1, vocab_size), (1 - uniform) / (vocab_size - 1))
+        probabilities[0, 0] = uniform  # the first token's share ends where the draw falls
+        logits = probabilities.log()
         (alone,) = draws(logits, [PLAIN], [seed])
+        assert alone <= 1
         beside = draws(logits.expand(2, -1), [PLAIN, SamplingParams(top_p=0.5)], [seed, seed])[0]
         changed += [seed] if beside != alone else []
     assert not changed, "seeds whose token depends on the neighbour"
+
+
+def test_a_seed_draws_the_same_wherever_its_numbers_run_out():
+    """Numbers are drawn ahead: a long run is what one number at a time gives."""
+    own = state(PLAIN, 5)
+    drawn = [own.next_uniform() for _ in range(200)]
+    assert len(set(drawn)) == 200
+    assert all(0 <= number < 1 for number in drawn)
+    again = state(PLAIN, 5)
+    assert [again.next_uniform() for _ in range(200)] == drawn
 
 
 # Distribution.
@@ -215,7 +226,7 @@ def uses_gaussian_noise(logits, states):
 
 
 def forgets_temperature(logits, states):
-    forgetful = SamplingState(Request([1], PLAIN), CPU)
+    forgetful = SamplingState(Request([1], PLAIN))
     return sample(logits, [forgetful] * len(states)).token_ids
 
 
