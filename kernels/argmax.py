@@ -25,7 +25,7 @@ def argmax_cpu(input):
         input.stride(0),
         output.data_ptr(),
         *input.shape,
-        torch.get_num_threads(),
+        cpu.num_threads(),
     )
     return output
 

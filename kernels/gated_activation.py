@@ -93,7 +93,7 @@ def _gated_cpu(kernel: cpu.Kernel, gate: torch.Tensor, up: torch.Tensor) -> torc
         outer,
         inner,
         gate.shape[-1],
-        torch.get_num_threads(),
+        cpu.num_threads(),
     )
     return output
 

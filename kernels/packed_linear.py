@@ -51,7 +51,7 @@ def linear_over_tiles(
         out_features,
         width,
         epilogue,
-        torch.get_num_threads(),
+        cpu.num_threads(),
     )
     return output
 

@@ -132,9 +132,9 @@ def add_rms_norm_cpu(input, residual, weight, eps, weight_offset, cast_first):
 
 def _norm_cpu(input, residual, weight, eps, weight_offset, cast_first):
     """The output and, with a residual, the sum."""
-    output = torch.empty_like(input)
+    output = _like(input)
     second = input if residual is None else residual
-    total = output if residual is None else torch.empty_like(input)
+    total = output if residual is None else _like(input)
     rows = cpu.rows_of(input, second, output, total)
     if rows is None:
         rest = None if residual is None else residual.contiguous()
@@ -157,9 +157,15 @@ def _norm_cpu(input, residual, weight, eps, weight_offset, cast_first):
         eps,
         weight_offset,
         cast_first,
-        torch.get_num_threads(),
+        cpu.num_threads(),
     )
     return output, total
+
+
+def _like(input):
+    if input.is_contiguous():
+        return input.new_empty(input.shape)
+    return torch.empty_like(input)
 
 
 def cpu_refuses(call: CallSite) -> str | None:

@@ -128,7 +128,7 @@ def rope_cpu(query, key, cos, sin, interleaved):
         key_dim,
         cos.shape[1],
         interleaved,
-        torch.get_num_threads(),
+        cpu.num_threads(),
     )
     return rotated_query, rotated_key
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import torch
 
@@ -16,10 +18,13 @@ __all__ = [
     "ISA_LEVELS",
     "Kernel",
     "MissingLibraryError",
+    "Recorder",
     "function",
     "isa",
     "library",
     "name_of",
+    "num_threads",
+    "recording",
     "refuses",
     "rows_of",
     "why_missing",
@@ -50,12 +55,43 @@ def isa() -> str:
     return level
 
 
-@functools.cache
+class Recorder(Protocol):
+    """Takes calls of kernels instead of the library, while a program is recorded."""
+
+    num_threads: Any
+
+    def function(self, name: str, arguments: str) -> Callable[..., None]: ...
+
+
+_recorder: Recorder | None = None
+
+
+@contextlib.contextmanager
+def recording(recorder: Recorder) -> Iterator[None]:
+    """Let a recorder take the calls of kernels, in this process, for a while."""
+    global _recorder
+    _recorder = recorder
+    try:
+        yield
+    finally:
+        _recorder = None
+
+
+def num_threads() -> int:
+    """How many threads a kernel may use."""
+    return torch.get_num_threads() if _recorder is None else _recorder.num_threads
+
+
 def function(name: str, arguments: str) -> Callable[..., None]:
     """A function of the library; its arguments as letters: pointer, integer, double, bool or int.
 
     Raises: MissingLibraryError.
     """
+    return _function(name, arguments) if _recorder is None else _recorder.function(name, arguments)
+
+
+@functools.cache
+def _function(name: str, arguments: str) -> Callable[..., None]:
     isa()  # chosen before the first kernel runs
     found = getattr(library(), name)
     found.argtypes = [_LETTERS[letter] for letter in arguments]
@@ -72,9 +108,11 @@ class Kernel:
 
     def __getitem__(self, dtype: torch.dtype) -> Callable[..., None]:
         found = self._found.get(dtype)
-        if found is None:
+        if found is None or _recorder is not None:
             name = f"{self.name}_{str(dtype).removeprefix('torch.')}"
-            found = self._found[dtype] = function(name, self.arguments)
+            found = function(name, self.arguments)
+            if _recorder is None:
+                self._found[dtype] = found
         return found
 
 

@@ -21,8 +21,15 @@ from pathlib import Path
 
 import torch
 
-_SOURCES = ("isa.cpp", "argmax.cpp", "elementwise.cpp", "linear.cpp", "attention.cpp")
-_HEADERS = ("amx.h", "isa.h", "numbers.h")
+_SOURCES = (
+    "isa.cpp",
+    "argmax.cpp",
+    "attention.cpp",
+    "elementwise.cpp",
+    "linear.cpp",
+    "program.cpp",
+)
+_HEADERS = ("amx.h", "call.h", "isa.h", "numbers.h")
 _FLAGS = (
     "-std=c++17",
     "-O3",

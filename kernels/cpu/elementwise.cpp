@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "call.h"
 #include "numbers.h"
 
 namespace {
@@ -129,7 +130,8 @@ void gated(Rows<const T> gate, Rows<const T> up, Rows<T> output, int64_t num_out
     gated<T, ACTIVATION>({gate, gate_outer, gate_inner}, {up, up_outer, up_inner},                \
                          {output, output_outer, output_inner}, num_outer, num_inner, width,       \
                          num_threads);                                                            \
-  }
+  }                                                                                               \
+  CALLABLE(ACTIVATION##_mul_##NAME)
 
 #define ELEMENTWISE(T, NAME)                                                                      \
   extern "C" void rms_norm_##NAME(                                                                \
@@ -143,6 +145,7 @@ void gated(Rows<const T> gate, Rows<const T> up, Rows<T> output, int64_t num_out
                 num_outer, num_inner, width, float(eps), float(weight_offset), cast_first,        \
                 num_threads);                                                                     \
   }                                                                                               \
+  CALLABLE(rms_norm_##NAME)                                                                       \
   GATED(T, NAME, silu)                                                                            \
   GATED(T, NAME, gelu_tanh)
 
@@ -156,7 +159,8 @@ void gated(Rows<const T> gate, Rows<const T> up, Rows<T> output, int64_t num_out
     rope<T, TABLE>({query, query_outer, query_inner}, {key, key_outer, key_inner}, cos, sin,      \
                    cos_stride, sin_stride, query_out, key_out, num_tokens, num_heads,             \
                    num_kv_heads, query_dim, key_dim, rotary_dim, interleaved, num_threads);       \
-  }
+  }                                                                                               \
+  CALLABLE(rope_##TABLE_NAME##_tables_##NAME)
 
 ELEMENTWISE(float, float32)
 ELEMENTWISE(bf16, bfloat16)

@@ -17,6 +17,7 @@
 #include <omp.h>
 
 #include "amx.h"
+#include "call.h"
 #include "isa.h"
 #include "numbers.h"
 
@@ -456,3 +457,4 @@ extern "C" void linear(const bf16* input, int64_t input_stride, const bf16* pack
   run(layer, num_groups_of(gated ? 2 * num_outputs : num_outputs, gated), num_threads);
 #endif
 }
+CALLABLE(linear)
