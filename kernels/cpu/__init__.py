@@ -6,6 +6,7 @@ import ctypes
 import functools
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -50,15 +51,17 @@ def isa() -> str:
 
 
 @functools.cache
-def function(name: str, arguments: str) -> Callable[..., None]:
+def function(name: str, arguments: str, returns: str | None = None) -> Callable[..., Any]:
     """A function of the library; its arguments as letters: pointer, integer, double, bool or int.
+
+    returns: The letter of what it returns, None for nothing.
 
     Raises: MissingLibraryError.
     """
     isa()  # chosen before the first kernel runs
     found = getattr(library(), name)
     found.argtypes = [_LETTERS[letter] for letter in arguments]
-    found.restype = None
+    found.restype = None if returns is None else _LETTERS[returns]
     return found
 
 

@@ -21,8 +21,14 @@ from pathlib import Path
 
 import torch
 
-_SOURCES = ("isa.cpp", "elementwise.cpp", "attention.cpp")
-_HEADERS = ("isa.h", "numbers.h")
+_SOURCES = (
+    "isa.cpp",
+    "elementwise.cpp",
+    "attention.cpp",
+    "attention_plain.cpp",
+    "attention_bf16.cpp",
+)
+_HEADERS = ("isa.h", "numbers.h", "amx.h", "attention.h", "attention_tile.h")
 _FLAGS = (
     "-std=c++17",
     "-O3",
