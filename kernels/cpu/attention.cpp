@@ -26,7 +26,7 @@
 namespace attention {
 namespace {
 
-constexpr int64_t kMostRows = 256;      // of a tile: its packed queries and sums stay in the cache
+constexpr int64_t kMostRows = 512;      // of a tile: its packed queries and sums stay in the cache
 constexpr int64_t kFewestRows = 32;     // of one that is cut from a chunk for more tiles
 constexpr int64_t kTilesPerThread = 4;  // wanted
 constexpr int64_t kShortestPart = 128;  // slots
@@ -238,6 +238,11 @@ Error run(const Step& step, const Batch& batch, const New& key, const New& value
                        (part * step.num_kv_heads + head) * sums_floats(rows, stride),
                    rows, stride);
   };
+  // The heads of a block lie side by side, and the processor fetches more than is asked for: who
+  // has read one of them has the others at hand.
+  const int64_t num_items = int64_t(made.order.size()) * step.num_kv_heads;
+  const int64_t together =
+      std::max<int64_t>(1, std::min(step.num_kv_heads, num_items / (8 * num_threads)));
 #pragma omp parallel num_threads(num_threads)
   {
     static thread_local Memory memory;
@@ -253,8 +258,8 @@ Error run(const Step& step, const Batch& batch, const New& key, const New& value
       write<T>(key, key_cache, step, step.width, token, slot);
       write<T>(value, value_cache, step, step.v_width, token, slot);
     }
-#pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < int64_t(made.order.size()) * step.num_kv_heads; ++i) {
+#pragma omp for schedule(dynamic, together)
+    for (int64_t i = 0; i < num_items; ++i) {
       const Work& work = made.works[made.order[i / step.num_kv_heads].second];
       const int64_t head = i % step.num_kv_heads, rows = work.num_tokens * step.group;
       const Tile tile{batch.table + work.sequence * batch.table_stride,

@@ -47,10 +47,9 @@ inline void transpose(const __m512i row[16], __m512i* to) {
   }
 }
 
-// The first `count` of 32 numbers; none is read past them.
-inline __m512i load_some(const bf16* from, int64_t count) {
-  if (count >= 32) return _mm512_loadu_si512(from);
-  return _mm512_maskz_loadu_epi16(count <= 0 ? 0 : (__mmask32(1) << count) - 1, from);
+// The first `count` of 32 numbers: nothing is read past them.
+inline __mmask32 first_of(int64_t count) {
+  return count >= 32 ? ~__mmask32(0) : count <= 0 ? 0 : (__mmask32(1) << count) - 1;
 }
 
 // sums[row][16 p + j] (+)= the products of pairs left[row][k] and right[p][k][j].
@@ -82,13 +81,15 @@ struct Pairs {
 
   static void pack_query(const bf16* from, bf16* to, int64_t width, int64_t padded) {
     for (int64_t d = 0; d < padded; d += 32)
-      _mm512_store_si512(to + d, load_some(from + d, width - d));
+      _mm512_store_si512(to + d, _mm512_maskz_loadu_epi16(first_of(width - d), from + d));
   }
 
   static void pack_keys(const bf16* from, bf16* to, int64_t width, int64_t padded) {
     for (int64_t d = 0; d < padded; d += 32) {
+      const __mmask32 dims = first_of(width - d);
       __m512i row[16];
-      for (int64_t s = 0; s < kPage; ++s) row[s] = load_some(from + s * width + d, width - d);
+      for (int64_t s = 0; s < kPage; ++s)
+        row[s] = _mm512_maskz_loadu_epi16(dims, from + s * width + d);
       transpose(row, reinterpret_cast<__m512i*>(to + d * kPage));
     }
   }
@@ -102,8 +103,11 @@ struct Pairs {
     const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     for (int64_t d = 0; d < padded; d += 32)
       for (int64_t s = 0; s < kPage; s += 2) {
-        const __m512i even = load_some(from + s * width + d, s < count ? width - d : 0);
-        const __m512i odd = load_some(from + (s + 1) * width + d, s + 1 < count ? width - d : 0);
+        const __mmask32 dims = first_of(width - d);
+        const __m512i even =
+            _mm512_maskz_loadu_epi16(s < count ? dims : 0, from + s * width + d);
+        const __m512i odd =
+            _mm512_maskz_loadu_epi16(s + 1 < count ? dims : 0, from + (s + 1) * width + d);
         bf16* at = to + d / kPage * panel + s * kPage;
         _mm512_store_si512(at, _mm512_permutex2var_epi16(even, low, odd));
         _mm512_store_si512(at + panel, _mm512_permutex2var_epi16(even, high, odd));
