@@ -172,9 +172,8 @@ def paged_attention_sdpa(
     output = query.new_zeros((query.shape[0], query.shape[1], value.shape[2]))
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
     single = _attend_chunks(
-        query, key_cache, value_cache, block_table, starts, lengths, output,
-        scale, window, softcap, sinks,
-    )  # fmt: skip
+        query, key_cache, value_cache, block_table, starts, lengths, output, scale, window
+    )
     if single:
         rows = torch.tensor(single, device=query.device)
         tokens = query_start_loc.index_select(0, rows).long()
@@ -192,9 +191,8 @@ def paged_attention_sdpa(
 
 
 def _attend_chunks(
-    query, key_cache, value_cache, block_table, starts, lengths, output,
-    scale, window, softcap, sinks,
-):  # fmt: skip
+    query, key_cache, value_cache, block_table, starts, lengths, output, scale, window
+):
     """Attention of every sequence with several new tokens, into `output`.
 
     Returns: the sequences with one new token, which are left to the caller.
@@ -206,17 +204,13 @@ def _attend_chunks(
             single.append(sequence)
         elif end > start:
             blocks = block_table[sequence, : -(-length // key_cache.shape[2])]
-            chunk = (
+            output[start:end] = attend_sdpa(
                 query[start:end],
                 read_cache(key_cache, blocks, length),
                 read_cache(value_cache, blocks, length),
                 scale,
                 window,
             )
-            if softcap or sinks is not None:  # torch's fused attention knows neither
-                output[start:end] = attend_reference(*chunk, softcap, sinks)
-            else:
-                output[start:end] = attend_sdpa(*chunk)
     return single
 
 
