@@ -12,6 +12,7 @@ from torch import fx
 from . import kernels
 from .errors import UnsupportedModelError
 from .fold_views import fold_views
+from .native_code import compile_programs
 from .passes import CapturedGraph, InputSpec, Report, run_passes
 from .passes.insert_paged_cache import CacheSpec, cache_spec
 from .passes.pack_linears import packed_bytes
@@ -44,6 +45,8 @@ class CompiledForward:
         lowered = graph.copy()
         report.kernels = choose_kernels(lowered)
         fold_views(lowered.graph)
+        self._programs = compile_programs(lowered.graph)
+        report.facts["programs"] = [program.num_calls for program in self._programs]
         lowered.module.recompile()
         self._forward = lowered.module.forward
         specs = list(self.inputs.values())
@@ -68,15 +71,22 @@ class CompiledForward:
         for index, spec in enumerate(self.inputs.values()):
             if spec.kind in _WEIGHT_KINDS:
                 self._arguments[index] = weights[spec]
+        self._forget_addresses()
 
     def unbind(self) -> None:
         """Forget the weights, so that their memory can go; `bind` before the next call."""
         for index, spec in enumerate(self.inputs.values()):
             if spec.kind in _WEIGHT_KINDS:
                 self._arguments[index] = None
+        self._forget_addresses()
+
+    def _forget_addresses(self) -> None:
+        for program in self._programs:
+            program.forget()
 
     def release(self) -> None:
         """Forget the cache, so that its memory can go."""
+        self._forget_addresses()
         self._bound_cache = None
         for index, _ in self._cache_slots:
             self._arguments[index] = None

@@ -98,10 +98,12 @@ def _gated_cpu(kernel: cpu.Kernel, gate: torch.Tensor, up: torch.Tensor) -> torc
     return output
 
 
+@cpu.recordable
 def silu_mul_cpu(gate, up):
     return _gated_cpu(_SILU_MUL, gate, up)
 
 
+@cpu.recordable
 def gelu_mul_cpu(gate, up, tanh):
     return _gated_cpu(_GELU_TANH_MUL, gate, up)
 

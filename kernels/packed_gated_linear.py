@@ -29,6 +29,7 @@ def packed_gated_linear_reference(input, weight, bias, out_features, activation)
     return gelu_mul_reference(gate, up, tanh=True)
 
 
+@cpu.recordable
 def packed_gated_linear_cpu(input, weight, bias, out_features, activation):
     return linear_over_tiles(input, weight, bias, out_features, _EPILOGUES[activation])
 

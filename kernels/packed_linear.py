@@ -24,6 +24,7 @@ def packed_linear_onednn(input, weight, bias, out_features):
     return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
 
 
+@cpu.recordable
 def packed_linear_cpu(input, weight, bias, out_features):
     return linear_over_tiles(input, weight, bias, out_features, 0)
 

@@ -15,6 +15,8 @@ from . import cpu
 from .attention import attend_reference, attend_sdpa, check_heads, sdpa_refuses
 from .registry import CallSite, register
 
+_PAGED_ATTENTION = cpu.Kernel("paged_attention", "piipiipiippiiiiipipiippiididppb", "b")
+
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -172,9 +174,8 @@ def paged_attention_sdpa(
     output = query.new_zeros((query.shape[0], query.shape[1], value.shape[2]))
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
     single = _attend_chunks(
-        query, key_cache, value_cache, block_table, starts, lengths, output,
-        scale, window, softcap, sinks,
-    )  # fmt: skip
+        query, key_cache, value_cache, block_table, starts, lengths, output, scale, window
+    )
     if single:
         rows = torch.tensor(single, device=query.device)
         tokens = query_start_loc.index_select(0, rows).long()
@@ -192,9 +193,8 @@ def paged_attention_sdpa(
 
 
 def _attend_chunks(
-    query, key_cache, value_cache, block_table, starts, lengths, output,
-    scale, window, softcap, sinks,
-):  # fmt: skip
+    query, key_cache, value_cache, block_table, starts, lengths, output, scale, window
+):
     """Attention of every sequence with several new tokens, into `output`.
 
     Returns: the sequences with one new token, which are left to the caller.
@@ -206,17 +206,13 @@ def _attend_chunks(
             single.append(sequence)
         elif end > start:
             blocks = block_table[sequence, : -(-length // key_cache.shape[2])]
-            chunk = (
+            output[start:end] = attend_sdpa(
                 query[start:end],
                 read_cache(key_cache, blocks, length),
                 read_cache(value_cache, blocks, length),
                 scale,
                 window,
             )
-            if softcap or sinks is not None:  # torch's fused attention knows neither
-                output[start:end] = attend_reference(*chunk, softcap, sinks)
-            else:
-                output[start:end] = attend_sdpa(*chunk)
     return single
 
 
@@ -256,6 +252,7 @@ def _attend_single(query, key_cache, value_cache, block_table, seq_lens, longest
     return output.reshape(num_seqs, num_heads, -1)
 
 
+@cpu.recordable
 def paged_attention_cpu(
     query,
     key,
@@ -271,76 +268,69 @@ def paged_attention_cpu(
     softcap,
     sinks,
 ):
-    """C++ writes the pages and reads them in place for one new token; chunks go through torch."""
-    _write_cache_cpu(key, key_cache, slot_mapping)
-    _write_cache_cpu(value, value_cache, slot_mapping)
-    output = query.new_empty((query.shape[0], query.shape[1], value.shape[2]))
-    starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
-    num_slots = block_table.shape[1] * key_cache.shape[2]
-    if max(lengths) > num_slots:  # it would be read past its end
-        raise ValueError(
-            f"the block table must hold each sequence, has {num_slots} slots for {max(lengths)}"
-        )
-    output[starts[-1] :] = 0
-    single = _attend_chunks(
-        query, key_cache, value_cache, block_table, starts, lengths, output,
-        scale, window, softcap, sinks,
-    )  # fmt: skip
-    if single:
-        _attend_single_cpu(
-            query, key_cache, value_cache, block_table, starts, seq_lens, single, output,
-            scale, window, softcap, sinks,
-        )  # fmt: skip
-    return output
-
-
-def _write_cache_cpu(tensor, cache, slot_mapping):
-    tensor = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-    cpu.function(f"write_cache_{cpu.name_of(tensor)}", "piippiiiib")(
-        tensor.data_ptr(),
-        *tensor.stride()[:2],
-        cache.data_ptr(),
-        slot_mapping.data_ptr(),
-        *tensor.shape[:2],
-        *cache.shape[2:],
-        torch.get_num_threads(),
+    """One call of C++ for all sequences: it writes the pages and reads them in place."""
+    query, key, value = (
+        tensor if tensor.stride(2) == 1 else tensor.contiguous() for tensor in (query, key, value)
     )
-
-
-def _attend_single_cpu(
-    query, key_cache, value_cache, block_table, starts, seq_lens, single, output,
-    scale, window, softcap, sinks,
-):  # fmt: skip
-    query = query if query.stride(-1) == 1 else query.contiguous()
-    sequences = torch.tensor(single)
-    tokens = torch.tensor([starts[sequence] for sequence in single])
+    num_blocks, num_kv_heads, block_size, head_dim = key_cache.shape
+    num_tokens, num_heads, _ = query.shape
+    v_head_dim = value_cache.shape[3]
     sinks = None if sinks is None else sinks.float().contiguous()
-    cpu.function(f"attend_{cpu.name_of(query)}", "piippiiiipipppiididppb")(
+    output = query.new_empty((num_tokens, num_heads, v_head_dim))
+    error = _PAGED_ATTENTION[query.dtype](
         query.data_ptr(),
-        *query.stride()[:2],
+        query.stride(0),
+        query.stride(1),
+        key.data_ptr(),
+        key.stride(0),
+        key.stride(1),
+        value.data_ptr(),
+        value.stride(0),
+        value.stride(1),
         key_cache.data_ptr(),
         value_cache.data_ptr(),
-        *key_cache.shape[1:],
-        value_cache.shape[3],
+        num_blocks,
+        num_kv_heads,
+        block_size,
+        head_dim,
+        v_head_dim,
+        slot_mapping.data_ptr(),
+        num_tokens,
         block_table.data_ptr(),
         block_table.stride(0),
+        block_table.shape[1],
+        query_start_loc.data_ptr(),
         seq_lens.data_ptr(),
-        sequences.data_ptr(),
-        tokens.data_ptr(),
-        len(single),
-        query.shape[1] // key_cache.shape[1],
+        seq_lens.shape[0],
+        num_heads // num_kv_heads,
         scale,
         window,
         softcap,
         None if sinks is None else sinks.data_ptr(),
         output.data_ptr(),
-        torch.get_num_threads(),
+        cpu.num_threads(),
     )
+    if error:
+        raise ValueError(_CPU_ERRORS[error - 1])
+    return output
+
+
+# What the kernel returns if its arguments do not fit, minus one: it would read or write past the
+# end of something.
+_CPU_ERRORS = (
+    "the block table must hold each sequence, seq_lens has one that is longer",
+    "the block table must name blocks of the cache, has another for a token of a sequence",
+    "slot_mapping must name slots of the cache, has one past its end",
+    "query_start_loc must count tokens of the query, goes past its end",
+)
 
 
 def cpu_refuses(call: CallSite) -> str | None:
-    if call.args["key_cache"].dtype != call.args["query"].dtype:
-        return "the cache has another dtype than the query"
+    dtype = call.args["query"].dtype
+    if any(call.args[name].dtype != dtype for name in ("key", "value", "key_cache", "value_cache")):
+        return "query, key, value and cache are of several dtypes"
+    if call.args["key_cache"].shape[2] % 16:
+        return f"a block has {call.args['key_cache'].shape[2]} slots, not a multiple of 16"
     return cpu.refuses(call, "query")
 
 

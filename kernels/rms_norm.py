@@ -122,10 +122,12 @@ def _(input, residual, weight, eps, weight_offset, cast_first):
     return torch.empty_like(input), torch.empty_like(input)
 
 
+@cpu.recordable
 def rms_norm_cpu(input, weight, eps, weight_offset, cast_first):
     return _norm_cpu(input, None, weight, eps, weight_offset, cast_first)[0]
 
 
+@cpu.recordable
 def add_rms_norm_cpu(input, residual, weight, eps, weight_offset, cast_first):
     return _norm_cpu(input, residual, weight, eps, weight_offset, cast_first)
 

@@ -101,6 +101,7 @@ def _(query, key, cos, sin, interleaved):
     return query.new_empty(query.shape), key.new_empty(key.shape)
 
 
+@cpu.recordable
 def rope_cpu(query, key, cos, sin, interleaved):
     query, key = _heads(query), _heads(key)
     cos, sin = _heads(cos), _heads(sin)

@@ -6,8 +6,9 @@ import contextlib
 import ctypes
 import functools
 import os
+import threading
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -22,13 +23,15 @@ __all__ = [
     "function",
     "isa",
     "library",
-    "name_of",
     "num_threads",
+    "recordable",
     "recording",
     "refuses",
     "rows_of",
     "why_missing",
 ]
+
+Function = TypeVar("Function", bound=Callable)
 
 _LETTERS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double, "b": ctypes.c_int}
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -60,58 +63,79 @@ class Recorder(Protocol):
 
     num_threads: Any
 
-    def function(self, name: str, arguments: str) -> Callable[..., None]: ...
+    def function(self, name: str, arguments: str) -> Callable[..., Any]: ...
 
 
-_recorder: Recorder | None = None
+class _Recording(threading.local):
+    """Who takes the calls of kernels in this thread, if not the library."""
+
+    recorder: Recorder | None = None
+
+
+_recording = _Recording()
 
 
 @contextlib.contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:
-    """Let a recorder take the calls of kernels, in this process, for a while."""
-    global _recorder
-    _recorder = recorder
+    """Let a recorder take the kernel calls of this thread."""
+    _recording.recorder = recorder
     try:
         yield
     finally:
-        _recorder = None
+        _recording.recorder = None
+
+
+def recordable(implementation: Function) -> Function:
+    """Mark an implementation whose kernel calls depend on shapes and addresses only.
+
+    It does nothing but call kernels, on tensors it is given or makes with `new_empty`, and asks
+    of tensors only what a `program.Value` knows.
+    """
+    implementation.recordable = True  # pyright: ignore
+    return implementation
 
 
 def num_threads() -> int:
     """How many threads a kernel may use."""
-    return torch.get_num_threads() if _recorder is None else _recorder.num_threads
+    recorder = _recording.recorder
+    return torch.get_num_threads() if recorder is None else recorder.num_threads
 
 
-def function(name: str, arguments: str) -> Callable[..., None]:
+def function(name: str, arguments: str, returns: str | None = None) -> Callable[..., Any]:
     """A function of the library; its arguments as letters: pointer, integer, double, bool or int.
+
+    returns: The letter of what it returns, None for nothing.
 
     Raises: MissingLibraryError.
     """
-    return _function(name, arguments) if _recorder is None else _recorder.function(name, arguments)
+    recorder = _recording.recorder
+    if recorder is not None:
+        return recorder.function(name, arguments)
+    return _function(name, arguments, returns)
 
 
 @functools.cache
-def _function(name: str, arguments: str) -> Callable[..., None]:
+def _function(name: str, arguments: str, returns: str | None) -> Callable[..., Any]:
     isa()  # chosen before the first kernel runs
     found = getattr(library(), name)
     found.argtypes = [_LETTERS[letter] for letter in arguments]
-    found.restype = None
+    found.restype = None if returns is None else _LETTERS[returns]
     return found
 
 
 class Kernel:
     """A function of the library per dtype: `Kernel(name, arguments)[dtype]` is name_dtype."""
 
-    def __init__(self, name: str, arguments: str) -> None:
-        self.name, self.arguments = name, arguments
-        self._found: dict[torch.dtype, Callable[..., None]] = {}
+    def __init__(self, name: str, arguments: str, returns: str | None = None) -> None:
+        self.name, self.arguments, self.returns = name, arguments, returns
+        self._found: dict[torch.dtype, Callable[..., Any]] = {}
 
-    def __getitem__(self, dtype: torch.dtype) -> Callable[..., None]:
+    def __getitem__(self, dtype: torch.dtype) -> Callable[..., Any]:
         found = self._found.get(dtype)
-        if found is None or _recorder is not None:
+        if found is None or _recording.recorder is not None:
             name = f"{self.name}_{str(dtype).removeprefix('torch.')}"
-            found = function(name, self.arguments)
-            if _recorder is None:
+            found = function(name, self.arguments, self.returns)
+            if _recording.recorder is None:
                 self._found[dtype] = found
         return found
 
@@ -125,11 +149,6 @@ def refuses(call: CallSite, *tensors: str) -> str | None:
         if tensor is not None and tensor.dtype not in _DTYPES:
             return f"{name} is {str(tensor.dtype).removeprefix('torch.')}"
     return why_missing()
-
-
-def name_of(tensor: torch.Tensor) -> str:
-    """A tensor's dtype, as the functions' names end."""
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def rows_of(*tensors: torch.Tensor) -> tuple[int, int, list[tuple[int, int]]] | None:

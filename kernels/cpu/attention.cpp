@@ -1,401 +1,320 @@
-// Writing into the paged cache, and attention of one new token per sequence over it.
+// Writing into the paged cache, then attention of the step's queries over it: all sequences in one
+// call, those with one new token and those with many.
 //
-// For each sequence and KV head, the query heads of its group pass over the pages together, 16 slots
-// at a time, with a running softmax in fp32 (Milakov and Gimelshein 2018, arXiv:1805.02867). Where
-// there are fewer of those than threads, the pages are split and the parts joined at the end.
+// The work is cut into tiles of queries of one sequence and KV head, the heads of the KV head's
+// group together, sized so that there are several for each thread. Where one alone would keep a
+// thread from the others (few sequences, one of them long), its slots are cut into parts as well,
+// and joined at the end. The longest come first.
+
+#include "attention.h"
+#include "call.h"
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <new>
+#include <utility>
 #include <vector>
 
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
-
+#include "isa.h"
 #include "numbers.h"
 
+#ifdef ATTENTION_HAS_PAIRS
+#include "amx.h"
+#endif
+
+namespace attention {
 namespace {
 
-constexpr int64_t kSlots = 16;  // looked at together; a block holds a multiple of it
+constexpr int64_t kMostRows = 512;      // of a tile: its packed queries and sums stay in the cache
+constexpr int64_t kFewestRows = 32;     // of one that is cut from a chunk for more tiles
+constexpr int64_t kTilesPerThread = 4;  // wanted
+constexpr int64_t kShortestPart = 128;  // slots
+constexpr int64_t kPackingRows = 24;    // packing the slots takes as long as this many rows of them
 
-template <typename T>
-struct Pages {
-  const T* data;  // [num_blocks, num_kv_heads, block_size, width]
-  int64_t num_kv_heads, block_size, width;
-  const T* at(int64_t block, int64_t head, int64_t slot) const {
-    return data + ((block * num_kv_heads + head) * block_size + slot) * width;
+enum Error : int { kNone = 0, kShortTable = 1, kNoSuchBlock = 2, kNoSuchSlot = 3, kShortQuery = 4 };
+
+// Memory that a thread keeps between calls; what was in it is lost when it grows.
+struct Memory {
+  char* data = nullptr;
+  size_t size = 0;
+  char* at_least(size_t wanted) {
+    if (wanted > size) {
+      std::free(data);
+      size = 0;
+      data = static_cast<char*>(std::aligned_alloc(64, (wanted + 63) / 64 * 64));
+      if (!data) throw std::bad_alloc();
+      size = wanted;
+    }
+    return data;
   }
+  ~Memory() { std::free(data); }
 };
 
-// What a part of the pages adds to a softmax: its largest score, the sum of the weights and their
-// product with the values, per head of the group.
-struct Partial {
-  float* largest;  // [group]
-  float* sum;      // [group]
-  float* values;   // [group, v_width]
+// Queries of one sequence, for all KV heads, and a part of their slots.
+struct Work {
+  int64_t sequence, token, num_tokens, position, first, last;
+  int64_t part, num_parts;
+  int64_t sums;  // where the parts' sums begin, in floats: [num_parts, num_kv_heads]
 };
 
-template <typename T>
-void attend_part(const float* query, Pages<T> keys, Pages<T> values, const int32_t* table,
-                 int64_t head, int64_t group, int64_t first, int64_t last, float scale,
-                 float softcap, Partial out, float* scratch) {
-  const int64_t width = keys.width, v_width = values.width;
-  float* key = scratch;                // [width]
-  float* value = key + width;          // [kSlots, v_width]
-  float* score = value + kSlots * v_width;  // [group, kSlots]
-  for (int64_t g = 0; g < group; ++g) {
-    out.largest[g] = -INFINITY;
-    out.sum[g] = 0.0f;
-  }
-  std::fill(out.values, out.values + group * v_width, 0.0f);
-  for (int64_t slot = first; slot < last;) {
-    const int64_t block = table[slot / keys.block_size], offset = slot % keys.block_size;
-    const int64_t count = std::min(last - slot, kSlots - offset % kSlots);
-    const T* k = keys.at(block, head, offset);
-    const T* v = values.at(block, head, offset);
-    for (int64_t s = 0; s < count; ++s) {
-#pragma omp simd
-      for (int64_t d = 0; d < width; ++d) key[d] = load(k[s * width + d]);
-      for (int64_t g = 0; g < group; ++g) {
-        const float* q = query + g * width;
-        float dot = 0.0f;
-#pragma omp simd reduction(+ : dot)
-        for (int64_t d = 0; d < width; ++d) dot += q[d] * key[d];
-        score[g * kSlots + s] = dot * scale;
-      }
-    }
-#pragma omp simd
-    for (int64_t i = 0; i < count * v_width; ++i) value[i] = load(v[i]);
-    for (int64_t g = 0; g < group; ++g) {
-      float* p = score + g * kSlots;
-      float* total = out.values + g * v_width;
-      float largest = out.largest[g];
-      for (int64_t s = 0; s < count; ++s) {
-        if (softcap != 0.0f) p[s] = softcap * std::tanh(p[s] / softcap);
-        largest = std::max(largest, p[s]);
-      }
-      const float shrink = exponential(out.largest[g] - largest);
-      float sum = out.sum[g] * shrink;
-      for (int64_t s = 0; s < count; ++s) {
-        p[s] = exponential(p[s] - largest);
-        sum += p[s];
-      }
-      out.largest[g] = largest;
-      out.sum[g] = sum;
-      int64_t d = 0;
-      for (; d + 16 <= v_width; d += 16) {
-        float lanes[16];
-#pragma omp simd
-        for (int64_t j = 0; j < 16; ++j) lanes[j] = total[d + j] * shrink;
-        for (int64_t s = 0; s < count; ++s)
-#pragma omp simd
-          for (int64_t j = 0; j < 16; ++j) lanes[j] += p[s] * value[s * v_width + d + j];
-#pragma omp simd
-        for (int64_t j = 0; j < 16; ++j) total[d + j] = lanes[j];
-      }
-      for (; d < v_width; ++d) {
-        total[d] *= shrink;
-        for (int64_t s = 0; s < count; ++s) total[d] += p[s] * value[s * v_width + d];
-      }
-    }
-    slot += count;
-  }
+struct Batch {
+  int64_t num_tokens, num_sequences;
+  const int64_t* slots;     // [num_tokens]
+  const int32_t* table;     // [num_sequences, table_width], rows `table_stride` apart
+  int64_t table_stride, table_width;
+  const int32_t* starts;    // [num_sequences + 1]
+  const int32_t* lengths;   // [num_sequences]
+};
+
+// New keys or values: [num_tokens, num_kv_heads, width].
+struct New {
+  const void* data;
+  int64_t token_stride, head_stride;
+};
+
+int64_t sums_floats(int64_t rows, int64_t stride) {
+  return round_up(rows, kPage) * stride + 2 * round_up(rows, kPage);
 }
 
-#ifdef __AVX512BF16__
-#define FAST_PAGES 1
-
-// e^x of 16 numbers, as `exponential`.
-inline __m512 exponential(__m512 x) {
-  x = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(88.3f)), _mm512_set1_ps(-87.3f));
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-  __m512 r = _mm512_fmadd_ps(n, _mm512_set1_ps(-0.693359375f), x);
-  r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
-  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-  p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-  return _mm512_scalef_ps(p, n);
+Sums sums_at(float* at, int64_t rows, int64_t stride) {
+  const int64_t padded = round_up(rows, kPage);
+  return {at, at + padded, at + 2 * padded, stride};
 }
 
-// 16 rows of 16 pairs become 16 columns: to[pair] holds that pair of all rows.
-inline void transpose(__m512i row[16], __m512i* to) {
-  __m512i a[16], b[16];
-  for (int i = 0; i < 16; i += 2) {
-    a[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
-    a[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
-    b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
-    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
-    b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    const __m512i low = _mm512_shuffle_i32x4(b[i], b[i + 4], 0x88);
-    const __m512i low_odd = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xdd);
-    const __m512i high = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0x88);
-    const __m512i high_odd = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0xdd);
-    _mm512_store_si512(to + i, _mm512_shuffle_i32x4(low, high, 0x88));
-    _mm512_store_si512(to + 8 + i, _mm512_shuffle_i32x4(low, high, 0xdd));
-    _mm512_store_si512(to + 4 + i, _mm512_shuffle_i32x4(low_odd, high_odd, 0x88));
-    _mm512_store_si512(to + 12 + i, _mm512_shuffle_i32x4(low_odd, high_odd, 0xdd));
-  }
-}
+struct Plan {
+  std::vector<Work> works;
+  std::vector<std::pair<int64_t, int64_t>> order;  // (cost, index into works), the dearest first
+  int64_t most_rows = 0, sums = 0;                 // sums: floats that parts need
 
-// Scores of `heads` query heads with 16 keys, given as pairs[width / 2].
-template <int heads>
-inline void dot_products(const bf16* query, int64_t width, const __m512i* pairs, __m512* score) {
-  __m512 sum[heads];
-  for (int g = 0; g < heads; ++g) sum[g] = _mm512_setzero_ps();
-  for (int64_t pair = 0; pair < width / 2; ++pair) {
-    const __m512i key = _mm512_load_si512(pairs + pair);
-    for (int g = 0; g < heads; ++g) {
-      int32_t q;
-      std::memcpy(&q, query + g * width + 2 * pair, 4);
-      sum[g] = _mm512_dpbf16_ps(sum[g], (__m512bh)key, (__m512bh)_mm512_set1_epi32(q));
-    }
-  }
-  for (int g = 0; g < heads; ++g) score[g] = sum[g];
-}
+  Error make(const Step& step, const Batch& batch, int64_t num_threads);
+};
 
-// total[16 * vectors] = total * shrink + weights @ value, over `count` slots.
-template <int vectors>
-inline void accumulate(float* total, float shrink, const float* weight, const float* value,
-                       int64_t stride, int64_t count) {
-  __m512 sum[vectors];
-  for (int i = 0; i < vectors; ++i)
-    sum[i] = _mm512_mul_ps(_mm512_loadu_ps(total + 16 * i), _mm512_set1_ps(shrink));
-  for (int64_t s = 0; s < count; ++s) {
-    const __m512 p = _mm512_set1_ps(weight[s]);
-    for (int i = 0; i < vectors; ++i)
-      sum[i] = _mm512_fmadd_ps(p, _mm512_loadu_ps(value + s * stride + 16 * i), sum[i]);
-  }
-  for (int i = 0; i < vectors; ++i) _mm512_storeu_ps(total + 16 * i, sum[i]);
-}
-
-// As the general one, for bf16 pages whose widths are multiples of 32 and 16.
-void attend_part(const bf16* query, Pages<bf16> keys, Pages<bf16> values, const int32_t* table,
-                 int64_t head, int64_t group, int64_t first, int64_t last, float scale,
-                 float softcap, Partial out, float* scratch) {
-  const int64_t width = keys.width, v_width = values.width;
-  auto* pairs = reinterpret_cast<__m512i*>(scratch);          // [width / 2]
-  float* value = scratch + width / 2 * 16;                    // [kSlots, v_width]
-  auto* score = reinterpret_cast<__m512*>(value + kSlots * v_width);  // [group]
-  std::fill(out.largest, out.largest + group, -INFINITY);
-  std::fill(out.sum, out.sum + group, 0.0f);
-  std::fill(out.values, out.values + group * v_width, 0.0f);
-  for (int64_t slot = first; slot < last;) {
-    const int64_t block = table[slot / keys.block_size], offset = slot % keys.block_size;
-    const int64_t count = std::min(last - slot, kSlots - offset % kSlots);
-    const bf16* k = keys.at(block, head, offset);
-    const bf16* v = values.at(block, head, offset);
-    if (slot + kSlots < last) {  // pages lie anywhere: the next one is on its way meanwhile
-      const int64_t next = slot + kSlots, page = table[next / keys.block_size];
-      const bf16* next_k = keys.at(page, head, next % keys.block_size / kSlots * kSlots);
-      const bf16* next_v = values.at(page, head, next % keys.block_size / kSlots * kSlots);
-      for (int64_t i = 0; i < kSlots * width; i += 32) _mm_prefetch(next_k + i, _MM_HINT_T0);
-      for (int64_t i = 0; i < kSlots * v_width; i += 32) _mm_prefetch(next_v + i, _MM_HINT_T0);
-    }
-    for (int64_t d = 0; d < width; d += 32) {
-      __m512i rows[16];
-      for (int64_t s = 0; s < kSlots; ++s)  // slots that are not used may hold anything
-        rows[s] = s < count ? _mm512_loadu_si512(k + s * width + d) : _mm512_setzero_si512();
-      transpose(rows, pairs + d / 2);
-    }
-    for (int64_t i = 0; i < count * v_width; i += 16) {
-      const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(v + i));
-      const __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
-      _mm512_storeu_ps(value + i, _mm512_castsi512_ps(wide));
-    }
-    int64_t g = 0;
-    for (; g + 4 <= group; g += 4) dot_products<4>(query + g * width, width, pairs, score + g);
-    for (; g < group; ++g) dot_products<1>(query + g * width, width, pairs, score + g);
-    const __mmask16 valid = __mmask16((1u << count) - 1);
-    for (g = 0; g < group; ++g) {
-      __m512 scores = _mm512_mul_ps(score[g], _mm512_set1_ps(scale));
-      alignas(64) float weight[16];
-      if (softcap != 0.0f) {
-        _mm512_store_ps(weight, scores);
-        for (int64_t s = 0; s < count; ++s) weight[s] = softcap * std::tanh(weight[s] / softcap);
-        scores = _mm512_load_ps(weight);
-      }
-      const float largest = std::max(out.largest[g], _mm512_mask_reduce_max_ps(valid, scores));
-      const float shrink = exponential(out.largest[g] - largest);
-      const __m512 p =
-          _mm512_maskz_mov_ps(valid, exponential(_mm512_sub_ps(scores, _mm512_set1_ps(largest))));
-      _mm512_store_ps(weight, p);
-      out.sum[g] = out.sum[g] * shrink + _mm512_reduce_add_ps(p);
-      out.largest[g] = largest;
-      float* total = out.values + g * v_width;
-      int64_t d = 0;
-      for (; d + 64 <= v_width; d += 64)
-        accumulate<4>(total + d, shrink, weight, value + d, v_width, count);
-      for (; d < v_width; d += 16)
-        accumulate<1>(total + d, shrink, weight, value + d, v_width, count);
-    }
-    slot += count;
-  }
-}
-#endif
-
-// Two partials of one group become one, in the first.
-void join(Partial to, Partial from, int64_t group, int64_t v_width) {
-  for (int64_t g = 0; g < group; ++g) {
-    if (from.sum[g] == 0.0f) continue;  // a sequence with fewer pages than parts
-    const float largest = std::max(to.largest[g], from.largest[g]);
-    const float a = exponential(to.largest[g] - largest);
-    const float b = exponential(from.largest[g] - largest);
-    to.largest[g] = largest;
-    to.sum[g] = to.sum[g] * a + from.sum[g] * b;
-    for (int64_t d = 0; d < v_width; ++d)
-      to.values[g * v_width + d] = to.values[g * v_width + d] * a + from.values[g * v_width + d] * b;
-  }
-}
-
-// A group's query heads are laid side by side, before its pages: in fp32, or as they are.
-template <typename T>
-void pass_over(const T* query, int64_t head_stride, Pages<T> keys, Pages<T> values,
-               const int32_t* table, int64_t head, int64_t group, int64_t first, int64_t last,
-               float scale, float softcap, Partial out, float* scratch) {
-  const int64_t width = keys.width;
-#ifdef FAST_PAGES
-  if constexpr (sizeof(T) == 2)
-    if (width % 32 == 0 && values.width % 16 == 0) {
-      // 16 floats are a cache line: what follows stays at a multiple of it.
-      T* heads = reinterpret_cast<T*>(scratch);
-      for (int64_t g = 0; g < group; ++g)
-        std::memcpy(heads + g * width, query + g * head_stride, width * sizeof(T));
-      attend_part(heads, keys, values, table, head, group, first, last, scale, softcap, out,
-                  scratch + group * width);
-      return;
-    }
-#endif
-  for (int64_t g = 0; g < group; ++g)
-    for (int64_t d = 0; d < width; ++d)
-      scratch[g * width + d] = load(query[g * head_stride + d]);
-  attend_part(scratch, keys, values, table, head, group, first, last, scale, softcap, out,
-              scratch + group * width);
-}
-
-// A sink takes probability and gives no value.
-template <typename T>
-void finish(Partial total, const float* sinks, int64_t group, int64_t v_width, T* output,
-            int64_t output_stride) {
-  for (int64_t g = 0; g < group; ++g) {
-    float scale = total.sum[g] == 0.0f ? 0.0f : 1.0f / total.sum[g];
-    if (sinks) {
-      const float largest = std::max(total.largest[g], sinks[g]);
-      const float own = exponential(total.largest[g] - largest);
-      scale = own / (total.sum[g] * own + exponential(sinks[g] - largest));
-    }
-    for (int64_t d = 0; d < v_width; ++d)
-      store(output + g * output_stride + d, total.values[g * v_width + d] * scale);
-  }
-}
-
-template <typename T>
-void write_cache(const T* tensor, int64_t token_stride, int64_t head_stride, T* cache,
-                 const int64_t* slots, int64_t num_tokens, int64_t num_heads, int64_t block_size,
-                 int64_t width, int num_threads) {
-#pragma omp parallel for num_threads(num_threads) schedule(static) if (num_tokens > 64)
-  for (int64_t token = 0; token < num_tokens; ++token) {
-    const int64_t slot = std::max<int64_t>(0, slots[token]);  // padding goes to the null block
-    const int64_t block = slot / block_size, offset = slot % block_size;
-    for (int64_t head = 0; head < num_heads; ++head)
-      std::memcpy(cache + ((block * num_heads + head) * block_size + offset) * width,
-                  tensor + token * token_stride + head * head_stride, width * sizeof(T));
-  }
-}
-
-template <typename T>
-void attend(const T* query, int64_t token_stride, int64_t head_stride, Pages<T> keys,
-            Pages<T> values, const int32_t* block_table, int64_t table_stride,
-            const int32_t* lengths, const int64_t* sequences, const int64_t* tokens,
-            int64_t num_sequences, int64_t group, float scale, int64_t window, float softcap,
-            const float* sinks, T* output, int num_threads) {
-  const int64_t num_kv_heads = keys.num_kv_heads, width = keys.width, v_width = values.width;
-  const int64_t num_groups = num_sequences * num_kv_heads;
-  int64_t longest = 1;
-  for (int64_t i = 0; i < num_sequences; ++i)
-    longest = std::max<int64_t>(longest, lengths[sequences[i]]);
-  const int64_t wanted = (2 * num_threads + num_groups - 1) / num_groups;
-  const int64_t num_parts =
-      num_groups >= 2 * num_threads ? 1 : std::min(wanted, (longest + 127) / 128);
-  const int64_t partial_size = group * (2 + v_width);
-  std::vector<float> partials(num_groups * num_parts * partial_size);
-  auto partial = [&](int64_t item, int64_t part) {
-    float* at = partials.data() + (item * num_parts + part) * partial_size;
-    return Partial{at, at + group, at + 2 * group};
+Error Plan::make(const Step& step, const Batch& batch, int64_t num_threads) {
+  works.clear();
+  order.clear();
+  most_rows = sums = 0;
+  const int64_t even = batch.num_tokens * step.num_kv_heads / (kTilesPerThread * num_threads);
+  const int64_t fewest = (kFewestRows + step.group - 1) / step.group;
+  const int64_t most = std::max(fewest, kMostRows / step.group);
+  const int64_t tile = std::min(most, std::max(fewest, even));
+  int64_t total = 0;
+  const auto cost = [&](const Work& work) {
+    const int64_t slots = work.last - work.first - std::min(work.last, work.num_tokens) / 2;
+    return (slots + kPage) * (round_up(work.num_tokens * step.group, kPage) + kPackingRows);
   };
+  for (int64_t s = 0; s < batch.num_sequences; ++s) {
+    const int64_t start = batch.starts[s], count = batch.starts[s + 1] - start;
+    const int64_t length = batch.lengths[s];
+    if (count <= 0) continue;
+    if (start < 0 || start + count > batch.num_tokens) return kShortQuery;
+    if (length > batch.table_width * step.block_size) return kShortTable;
+    for (int64_t token = 0; token < count; token += tile) {
+      const int64_t tokens = std::min(tile, count - token);
+      const int64_t position = length - count + token;
+      const int64_t last = std::max<int64_t>(0, position + tokens);
+      const int64_t first =
+          step.window ? std::min(last, std::max<int64_t>(0, position - step.window + 1)) : 0;
+      works.push_back({s, start + token, tokens, position, first, last, 0, 1, 0});
+      most_rows = std::max(most_rows, tokens * step.group);
+      total += cost(works.back());
+    }
+    const int32_t* blocks = batch.table + s * batch.table_stride;
+    const int64_t seen =
+        step.window ? std::max<int64_t>(0, length - count - step.window + 1) : 0;
+    for (int64_t block = seen / step.block_size; block * step.block_size < length; ++block)
+      if (blocks[block] < 0 || blocks[block] >= step.num_blocks) return kNoSuchBlock;
+  }
+  const int64_t bearable = total * step.num_kv_heads / (2 * num_threads) + 1;
+  const int64_t stride = round_up(step.v_width, kStep);
+  for (size_t i = 0, num_tiles = works.size(); num_threads > 1 && i < num_tiles; ++i) {
+    const Work whole = works[i];
+    const int64_t slots = whole.last - whole.first;
+    const int64_t parts = std::min(cost(whole) / bearable + 1, slots / kShortestPart);
+    if (parts < 2) continue;
+    const auto border = [&](int64_t part) {
+      return part == 0       ? whole.first
+             : part == parts ? whole.last
+                             : (whole.first + slots * part / parts) / kStep * kStep;
+    };
+    for (int64_t part = 0; part < parts; ++part) {
+      Work work = whole;
+      work.first = border(part);
+      work.last = border(part + 1);
+      work.part = part;
+      work.num_parts = parts;
+      work.sums = sums;
+      if (part == 0)
+        works[i] = work;
+      else
+        works.push_back(work);
+    }
+    sums += parts * step.num_kv_heads * sums_floats(whole.num_tokens * step.group, stride);
+  }
+  for (size_t i = 0; i < works.size(); ++i) order.emplace_back(cost(works[i]), i);
+  std::sort(order.begin(), order.end(),
+            [](const auto& a, const auto& b) { return a.first > b.first; });
+  return kNone;
+}
+
+// Two softmaxes of the same rows become one, in the first.
+void join(const Sums& to, const Sums& from, int64_t rows) {
+  for (int64_t row = 0; row < rows; ++row) {
+    if (from.sum[row] == 0.0f) continue;  // it saw nothing
+    const float largest = std::max(to.largest[row], from.largest[row]);
+    const float a = exponential(to.largest[row] - largest);
+    const float b = exponential(from.largest[row] - largest);
+    to.largest[row] = largest;
+    to.sum[row] = to.sum[row] * a + from.sum[row] * b;
+    float* values = to.values + row * to.stride;
+    const float* others = from.values + row * from.stride;
+#pragma omp simd
+    for (int64_t d = 0; d < to.stride; ++d) values[d] = values[d] * a + others[d] * b;
+  }
+}
+
+// Divide by the sum and store: row t * group + g is head g of token t. A sink takes probability and
+// gives no value.
+template <typename T>
+void finish(const Step& step, const Work& work, int64_t head, const Sums& sums, const float* sinks,
+            T* output) {
+  for (int64_t row = 0; row < work.num_tokens * step.group; ++row) {
+    const int64_t token = work.token + row / step.group;
+    const int64_t query_head = head * step.group + row % step.group;
+    float scale = sums.sum[row] == 0.0f ? 0.0f : 1.0f / sums.sum[row];
+    if (sinks) {
+      const float largest = std::max(sums.largest[row], sinks[query_head]);
+      const float own = exponential(sums.largest[row] - largest);
+      scale = own / (sums.sum[row] * own + exponential(sinks[query_head] - largest));
+    }
+    T* to = output + (token * step.num_kv_heads * step.group + query_head) * step.v_width;
+    const float* values = sums.values + row * sums.stride;
+#pragma omp simd
+    for (int64_t d = 0; d < step.v_width; ++d) store(to + d, values[d] * scale);
+  }
+}
+
+template <typename T>
+void write(const New& from, void* cache, const Step& step, int64_t width, int64_t token,
+           int64_t slot) {
+  const int64_t block = slot / step.block_size, offset = slot % step.block_size;
+  for (int64_t head = 0; head < step.num_kv_heads; ++head)
+    std::memcpy(static_cast<T*>(cache) +
+                    ((block * step.num_kv_heads + head) * step.block_size + offset) * width,
+                static_cast<const T*>(from.data) + token * from.token_stride +
+                    head * from.head_stride,
+                width * sizeof(T));
+}
+
+Attend best(float) { return attend_float32; }
+Attend best(bf16) {
+#ifdef ATTENTION_HAS_PAIRS
+  if (isa_level == kAmx) return attend_tiles;
+  if (isa_level == kAvx512Bf16) return attend_pairs;
+#endif
+  return attend_bfloat16;
+}
+
+template <typename T>
+Error run(const Step& step, const Batch& batch, const New& key, const New& value, void* key_cache,
+          void* value_cache, const float* sinks, T* output, int num_threads) {
+  static thread_local Plan plan;
+  static thread_local Memory parts;
+  const int64_t num_slots = step.num_blocks * step.block_size;
+  for (int64_t token = 0; token < batch.num_tokens; ++token)
+    if (batch.slots[token] >= num_slots) return kNoSuchSlot;
+  if (const Error error = plan.make(step, batch, num_threads)) return error;
+
+  const Attend attend = best(T{});
+  const int64_t stride = round_up(step.v_width, kStep);
+  const int64_t scratch = round_up(scratch_bytes(step, plan.most_rows), 64);
+  const int64_t row_floats = step.num_kv_heads * step.group * step.v_width;
+  const int64_t end = batch.starts[batch.num_sequences];
+  const Plan& made = plan;  // the calling thread's
+  float* shared = reinterpret_cast<float*>(parts.at_least(made.sums * sizeof(float)));
+  const auto sums_of = [&](const Work& work, int64_t part, int64_t head) {
+    const int64_t rows = work.num_tokens * step.group;
+    return sums_at(shared + work.sums +
+                       (part * step.num_kv_heads + head) * sums_floats(rows, stride),
+                   rows, stride);
+  };
+  // The heads of a block lie side by side, and the processor fetches more than is asked for: who
+  // has read one of them has the others at hand.
+  const int64_t num_items = int64_t(made.order.size()) * step.num_kv_heads;
+  const int64_t together =
+      std::max<int64_t>(1, std::min(step.num_kv_heads, num_items / (8 * num_threads)));
 #pragma omp parallel num_threads(num_threads)
   {
-    // Enough for either way through the pages, from an address that vectors can be stored at.
-    const int64_t scratch_size = group * width + width * 8 + kSlots * v_width + group * kSlots;
-    std::vector<float> memory(scratch_size + 16);
-    float* scratch = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t(63));
-#pragma omp for schedule(dynamic)
-    for (int64_t work = 0; work < num_groups * num_parts; ++work) {
-      const int64_t item = work / num_parts, part = work % num_parts;
-      const int64_t i = item / num_kv_heads, head = item % num_kv_heads;
-      const int64_t length = lengths[sequences[i]];
-      const int64_t begin = window ? std::max<int64_t>(0, length - window) : 0;
-      // Parts begin at a block, so that none looks at a page twice.
-      const int64_t first_block = begin / keys.block_size;
-      const int64_t num_blocks = (length + keys.block_size - 1) / keys.block_size - first_block;
-      const int64_t from = first_block + num_blocks * part / num_parts;
-      const int64_t to = first_block + num_blocks * (part + 1) / num_parts;
-      const T* q = query + tokens[i] * token_stride + head * group * head_stride;
-      const int32_t* table = block_table + sequences[i] * table_stride;
-      const int64_t first = std::max(begin, from * keys.block_size);
-      const int64_t last = std::min(length, to * keys.block_size);
-      Partial out = partial(item, part);
-      pass_over(q, head_stride, keys, values, table, head, group, first, last, scale, softcap, out,
-                scratch);
-      if (num_parts == 1)
-        finish(out, sinks ? sinks + head * group : nullptr, group, v_width,
-               output + (tokens[i] * num_kv_heads + head) * group * v_width, v_width);
-    }
-    if (num_parts > 1)
+    static thread_local Memory memory;
+    char* own = memory.at_least(scratch + sums_floats(made.most_rows, stride) * sizeof(float));
+#ifdef ATTENTION_HAS_PAIRS
+    if (isa_level == kAmx) configure_tiles(TileConfig{});
+#endif
 #pragma omp for schedule(static)
-      for (int64_t item = 0; item < num_groups; ++item) {
-        const int64_t i = item / num_kv_heads, head = item % num_kv_heads;
-        for (int64_t part = 1; part < num_parts; ++part)
-          join(partial(item, 0), partial(item, part), group, v_width);
-        finish(partial(item, 0), sinks ? sinks + head * group : nullptr, group, v_width,
-               output + (tokens[i] * num_kv_heads + head) * group * v_width, v_width);
+    for (int64_t token = 0; token < batch.num_tokens; ++token) {
+      if (token >= end) std::memset(output + token * row_floats, 0, row_floats * sizeof(T));
+      const int64_t slot = batch.slots[token];
+      if (slot < 0) continue;  // it is not stored
+      write<T>(key, key_cache, step, step.width, token, slot);
+      write<T>(value, value_cache, step, step.v_width, token, slot);
+    }
+#pragma omp for schedule(dynamic, together)
+    for (int64_t i = 0; i < num_items; ++i) {
+      const Work& work = made.works[made.order[i / step.num_kv_heads].second];
+      const int64_t head = i % step.num_kv_heads, rows = work.num_tokens * step.group;
+      const Tile tile{batch.table + work.sequence * batch.table_stride,
+                      work.token, work.num_tokens, work.position, head, work.first, work.last};
+      const Sums sums = work.num_parts > 1
+                            ? sums_of(work, work.part, head)
+                            : sums_at(reinterpret_cast<float*>(own + scratch), rows, stride);
+      attend(step, tile, sums, own);
+      if (work.num_parts == 1) finish(step, work, head, sums, sinks, output);
+    }
+    if (made.sums)
+#pragma omp for schedule(dynamic)
+      for (int64_t i = 0; i < int64_t(made.works.size()) * step.num_kv_heads; ++i) {
+        const Work& work = made.works[i / step.num_kv_heads];
+        if (work.num_parts == 1 || work.part) continue;
+        const int64_t head = i % step.num_kv_heads;
+        const Sums sums = sums_of(work, 0, head);
+        for (int64_t part = 1; part < work.num_parts; ++part)
+          join(sums, sums_of(work, part, head), work.num_tokens * step.group);
+        finish(step, work, head, sums, sinks, output);
       }
+#ifdef ATTENTION_HAS_PAIRS
+    if (isa_level == kAmx) release_tiles();
+#endif
   }
+  return kNone;
 }
 
 }  // namespace
+}  // namespace attention
 
-// The C interface. Strides are in elements; the cache and the output are contiguous.
-#define ATTENTION(T, NAME)                                                                        \
-  extern "C" void write_cache_##NAME(                                                             \
-      const T* tensor, int64_t token_stride, int64_t head_stride, T* cache, const int64_t* slots, \
-      int64_t num_tokens, int64_t num_heads, int64_t block_size, int64_t width,                   \
-      int num_threads) {                                                                          \
-    write_cache<T>(tensor, token_stride, head_stride, cache, slots, num_tokens, num_heads,        \
-                   block_size, width, num_threads);                                               \
+// The C interface. Strides are in elements; the caches and the output are contiguous.
+// Returns 0, or which of the arguments do not fit each other (Error); nothing is written then.
+#define PAGED_ATTENTION(T, NAME)                                                                  \
+  extern "C" int paged_attention_##NAME(                                                          \
+      const T* query, int64_t query_token_stride, int64_t query_head_stride, const T* key,        \
+      int64_t key_token_stride, int64_t key_head_stride, const T* value,                          \
+      int64_t value_token_stride, int64_t value_head_stride, T* key_cache, T* value_cache,        \
+      int64_t num_blocks, int64_t num_kv_heads, int64_t block_size, int64_t width,                \
+      int64_t v_width, const int64_t* slots, int64_t num_tokens, const int32_t* table,            \
+      int64_t table_stride, int64_t table_width, const int32_t* starts, const int32_t* lengths,   \
+      int64_t num_sequences, int64_t group, double scale, int64_t window, double softcap,         \
+      const float* sinks, T* output, int num_threads) {                                           \
+    const attention::Step step{query,      query_token_stride, query_head_stride, key_cache,      \
+                               value_cache, num_blocks,         num_kv_heads,      block_size,    \
+                               width,       v_width,            group,             float(scale),  \
+                               float(softcap), window};                                           \
+    const attention::Batch batch{num_tokens,   num_sequences, slots,  table,                      \
+                                 table_stride, table_width,   starts, lengths};                   \
+    return attention::run<T>(step, batch, {key, key_token_stride, key_head_stride},               \
+                             {value, value_token_stride, value_head_stride}, key_cache,           \
+                             value_cache, sinks, output, num_threads);                            \
   }                                                                                               \
-  extern "C" void attend_##NAME(                                                                  \
-      const T* query, int64_t token_stride, int64_t head_stride, const T* key_cache,              \
-      const T* value_cache, int64_t num_kv_heads, int64_t block_size, int64_t width,              \
-      int64_t v_width, const int32_t* block_table, int64_t table_stride, const int32_t* lengths,  \
-      const int64_t* sequences, const int64_t* tokens, int64_t num_sequences, int64_t group,      \
-      double scale, int64_t window, double softcap, const float* sinks, T* output,                \
-      int num_threads) {                                                                          \
-    attend<T>(query, token_stride, head_stride, {key_cache, num_kv_heads, block_size, width},     \
-              {value_cache, num_kv_heads, block_size, v_width}, block_table, table_stride,        \
-              lengths, sequences, tokens, num_sequences, group, float(scale), window,             \
-              float(softcap), sinks, output, num_threads);                                        \
-  }
+  CALLABLE(paged_attention_##NAME)
 
-ATTENTION(float, float32)
-ATTENTION(bf16, bfloat16)
+PAGED_ATTENTION(float, float32)
+PAGED_ATTENTION(bf16, bfloat16)

@@ -25,11 +25,13 @@ _SOURCES = (
     "isa.cpp",
     "argmax.cpp",
     "attention.cpp",
+    "attention_plain.cpp",
+    "attention_bf16.cpp",
     "elementwise.cpp",
     "linear.cpp",
     "program.cpp",
 )
-_HEADERS = ("amx.h", "call.h", "isa.h", "numbers.h")
+_HEADERS = ("amx.h", "attention.h", "attention_tile.h", "call.h", "isa.h", "numbers.h")
 _FLAGS = (
     "-std=c++17",
     "-O3",

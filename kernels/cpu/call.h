@@ -25,7 +25,7 @@ int64_t call_with(void (*kernel)(A...), const int64_t* words, std::index_sequenc
   return 0;
 }
 template <typename... A, size_t... I>
-int64_t call_with(int64_t (*kernel)(A...), const int64_t* words, std::index_sequence<I...>) {
+int64_t call_with(int (*kernel)(A...), const int64_t* words, std::index_sequence<I...>) {
   return kernel(argument<A>(words[I])...);
 }
 template <typename R, typename... A>

@@ -64,7 +64,7 @@ void for_each_pair(int64_t num_rows, int64_t width, bool gated, int num_threads,
 
 }  // namespace
 
-#if defined(HAVE_TILES)
+#if defined(__AVX512BF16__) && defined(__x86_64__)
 #include <immintrin.h>
 
 namespace {
@@ -109,11 +109,9 @@ struct Prefetch {
 void configure(int64_t num_rows) {
   TileConfig config;
   const int64_t first = std::min(num_rows, kHalf), second = std::max<int64_t>(1, num_rows - kHalf);
-  for (int tile = 0; tile < 8; ++tile) config.bytes[tile] = 64;
   config.rows[0] = config.rows[1] = config.rows[4] = first;
   config.rows[2] = config.rows[3] = config.rows[5] = second;
-  config.rows[6] = config.rows[7] = 16;
-  load_config(config);
+  configure_tiles(config);
 }
 
 // sums [32][32] (+)= a panel's inputs @ some steps of a group. Tiles 0-3: sums (rows 0-15 and 16-31,
@@ -446,7 +444,7 @@ extern "C" void unpack_weight(const bf16* packed, bf16* weight, int64_t num_rows
 extern "C" void linear(const bf16* input, int64_t input_stride, const bf16* packed,
                        const bf16* bias, bf16* output, int64_t output_stride, int64_t num_rows,
                        int64_t num_outputs, int64_t width, int epilogue, int num_threads) {
-#if defined(HAVE_TILES)
+#if defined(__AVX512BF16__) && defined(__x86_64__)
   const bool gated = epilogue != kPlain;
   const bool lines = reinterpret_cast<uintptr_t>(output) % 64 == 0 && output_stride % 32 == 0 &&
                      num_outputs % 32 == 0;

@@ -1,0 +1,377 @@
+"""A recorded sequence of kernel calls, run at once.
+
+The implementations of ops are recorded by running them on `Value`s: descriptions of tensors whose
+first dimension may be a number that is not known yet. What they would pass to the library becomes
+the program. A run fills in sizes and addresses and enters C++ once, so that Python costs nothing
+between two kernels, where it would run with cold caches: a step streams every weight through them.
+
+Results that only the program reads lie in one workspace, at places that are free by then.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import library
+
+_ALIGNMENT = 64
+
+
+class NotRecordableError(Exception):
+    """Something that a program cannot express; str() says what."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """constant + factor * scalar, where scalar is a number that each run reads anew."""
+
+    constant: int
+    factor: int
+    scalar: int
+
+    def __add__(self, other: int) -> Number:
+        _need_int(other)
+        return Number(self.constant + other, self.factor, self.scalar)
+
+    def __mul__(self, other: int) -> Number:
+        _need_int(other)
+        return Number(self.constant * other, self.factor * other, self.scalar)
+
+    def __floordiv__(self, other: int) -> Number:
+        _need_int(other)
+        if self.constant % other or self.factor % other:
+            raise NotRecordableError("a quotient that is not whole for every size")
+        return Number(self.constant // other, self.factor // other, self.scalar)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def __bool__(self) -> bool:
+        raise NotRecordableError("a decision that depends on a size")
+
+
+def _need_int(value: Any) -> None:
+    if not isinstance(value, int):
+        raise NotRecordableError("arithmetic of two sizes")
+
+
+@dataclass(eq=False)
+class Memory:
+    """Where a value lies.
+
+    external: Which of the tensors given to a run it is; None if the program makes it.
+    num_bytes: Its size, if the program makes it.
+    """
+
+    external: int | None = None
+    num_bytes: int | Number = 0
+
+
+@dataclass(frozen=True)
+class Pointer:
+    memory: Memory
+    offset_bytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """What the implementations of ops ask of a tensor; shape and strides in elements."""
+
+    memory: Memory
+    shape: tuple[Any, ...]
+    strides: tuple[Any, ...]
+    dtype: torch.dtype
+    recorder: Recorder
+    offset: int = 0
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def stride(self, dim: int | None = None) -> Any:
+        return self.strides if dim is None else self.strides[dim]
+
+    def numel(self) -> Any:
+        return math.prod(self.shape)
+
+    def data_ptr(self) -> Pointer:
+        return Pointer(self.memory, self.offset * self.dtype.itemsize)
+
+    def is_contiguous(self) -> bool:
+        expected: Any = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if isinstance(size, int) and size == 1:
+                continue  # its stride is never used
+            if stride != expected:
+                return False
+            expected = size * expected if isinstance(size, int) else expected * size
+        return True
+
+    def contiguous(self) -> Value:
+        if not self.is_contiguous():
+            raise NotRecordableError("a copy of a strided value")
+        return self
+
+    def new_empty(self, shape: Sequence[Any], dtype: torch.dtype | None = None) -> Value:
+        return self.recorder.new_empty(tuple(shape), dtype or self.dtype)
+
+    def float(self) -> Value:
+        if self.dtype != torch.float32:
+            raise NotRecordableError("a conversion")
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        raise NotRecordableError(f"{name} of a tensor")
+
+    def as_strided(self, size: Sequence[Any], stride: Sequence[Any], offset: int) -> Value:
+        return Value(self.memory, tuple(size), tuple(stride), self.dtype, self.recorder, offset)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a scalar is read: a size or stride of a tensor given to a run."""
+
+    tensor: int
+    dim: int
+    of_strides: bool
+
+
+class Recorder:
+    """Takes the calls of kernels. Scalar 0 is the number of threads."""
+
+    def __init__(self) -> None:
+        self.num_threads = Number(0, 1, 0)
+        self.sources: list[Source] = []
+        self.externals: list[Value] = []
+        self.calls: list[tuple[str, str, tuple]] = []
+        self._scalars: dict[Any, Number] = {}
+
+    def function(self, name: str, arguments: str) -> Callable[..., int]:
+        def record(*values: Any) -> int:
+            self.calls.append((name, arguments, values))
+            return 0  # what a kernel returns that takes its arguments
+
+        return record
+
+    def scalar(self, key: Any, source: Source) -> Number:
+        """The number that `key` names everywhere, read at `source`."""
+        if key not in self._scalars:
+            self.sources.append(source)
+            self._scalars[key] = Number(0, 1, len(self.sources))
+        return self._scalars[key]
+
+    def known(self, key: Any) -> Number:
+        if key not in self._scalars:
+            raise NotRecordableError(f"the size {key} of no tensor that is given")
+        return self._scalars[key]
+
+    def external(self, shape: Sequence[Any], strides: Sequence[Any], dtype: torch.dtype) -> Value:
+        """The next of the tensors that are given to a run; sizes are ints or names of scalars."""
+        index = len(self.externals)
+
+        def numbers(values: Sequence[Any], of_strides: bool) -> tuple[Any, ...]:
+            return tuple(
+                value
+                if isinstance(value, int)
+                else self.scalar(str(value), Source(index, dim, of_strides))
+                for dim, value in enumerate(values)
+            )
+
+        value = Value(
+            Memory(external=index), numbers(shape, False), numbers(strides, True), dtype, self
+        )
+        self.externals.append(value)
+        return value
+
+    def new_empty(self, shape: tuple[Any, ...], dtype: torch.dtype) -> Value:
+        strides: list[Any] = []
+        step: Any = 1
+        for size in reversed(shape):
+            strides.insert(0, step)
+            step = size * step if isinstance(size, int) else step * size
+        return Value(Memory(num_bytes=step * dtype.itemsize), shape, tuple(strides), dtype, self)
+
+
+@dataclass
+class _Slot:
+    num_bytes: int | Number
+    free: bool = True
+
+
+class Program:
+    """The recorded calls, ready to run.
+
+    Args:
+        recorder: What was recorded. results: Values that a run returns, in memory of their own.
+    """
+
+    def __init__(self, recorder: Recorder, results: Sequence[Value]) -> None:
+        self.__name__, self.__module__ = f"program_{id(self)}", "fastgen.programs"  # torch.fx asks
+        self.num_calls = len(recorder.calls)
+        self._recorder = recorder
+        self._results = results
+        # Addresses: nothing, the workspace, the tensors that are given, the results.
+        kept = list(dict.fromkeys(value.memory for value in results))
+        self._kept = [memory for memory in kept if memory.external is None]
+        first = 2 + len(recorder.externals)
+        self._address = {memory: first + i for i, memory in enumerate(self._kept)}
+        self._num_addresses = first + len(self._kept)
+        self._plan_workspace()
+        self._encode()
+        self._tensors: tuple[torch.Tensor, ...] = ()
+        self._addresses = np.zeros(self._num_addresses, np.int64)
+        self._workspace = torch.empty(0, dtype=torch.uint8)
+
+    def _plan_workspace(self) -> None:
+        """Give each made value a slot of its size that is free from its first use to its last."""
+        last_use: dict[Memory, int] = {}
+        for index, (_, _, arguments) in enumerate(self._recorder.calls):
+            for value in arguments:
+                if isinstance(value, Pointer):
+                    last_use[value.memory] = index
+        slots: list[_Slot] = []
+        place: dict[Memory, _Slot] = {}
+        for index, (_, _, arguments) in enumerate(self._recorder.calls):
+            used = [value.memory for value in arguments if isinstance(value, Pointer)]
+            for memory in used:
+                if memory.external is None and memory not in self._address and memory not in place:
+                    fitting = (s for s in slots if s.free and s.num_bytes == memory.num_bytes)
+                    slot = next(fitting, None)
+                    if slot is None:
+                        slot = _Slot(memory.num_bytes)
+                        slots.append(slot)
+                    slot.free = False
+                    place[memory] = slot
+            for memory in used:
+                if memory in place and last_use[memory] == index:
+                    place[memory].free = True
+        starts: dict[int, tuple[int, dict[int, int]]] = {}
+        constant, factors = 0, dict[int, int]()
+        for slot in slots:
+            starts[id(slot)] = constant, dict(factors)
+            size = slot.num_bytes
+            if isinstance(size, int):
+                constant += _aligned(size)
+            else:
+                constant += _aligned(size.constant)
+                factors[size.scalar] = factors.get(size.scalar, 0) + _aligned(size.factor)
+        if len(factors) > 1:
+            raise NotRecordableError("results whose sizes follow different numbers")
+        self._workspace_size = constant, *next(iter(factors.items()), (0, 0))
+        self._start = {memory: starts[id(slot)] for memory, slot in place.items()}
+
+    def _encode(self) -> None:
+        """Each argument as constant + factor * scalar + address."""
+        rows: list[tuple[int, int, int, int]] = []
+        calls: list[int] = []
+        for name, letters, arguments in self._recorder.calls:
+            function = getattr(library(), f"{name}_call")
+            calls += [ctypes.cast(function, ctypes.c_void_p).value or 0, len(rows)]
+            rows += [
+                self._word(letter, value) for letter, value in zip(letters, arguments, strict=True)
+            ]
+        self._calls = np.array(calls, np.int64)
+        constants, factors, scalars, addresses = zip(*rows, strict=True)
+        self._constants = np.array(constants, np.int64)
+        self._factors = np.array(factors, np.int64)
+        self._scalar_of = np.array(scalars, np.intp)
+        self._address_of = np.array(addresses, np.intp)
+
+    def _word(self, letter: str, value: Any) -> tuple[int, int, int, int]:
+        match value:
+            case None:
+                return 0, 0, 0, 0
+            case Pointer(memory, offset):
+                if memory.external is not None:
+                    return offset, 0, 0, 2 + memory.external
+                if memory in self._address:
+                    return offset, 0, 0, self._address[memory]
+                constant, factors = self._start[memory]
+                scalar, factor = next(iter(factors.items()), (0, 0))
+                return offset + constant, factor, scalar, 1
+            case Number(constant, factor, scalar):
+                return constant, factor, scalar, 0
+            case int() if letter != "d":
+                return int(value), 0, 0, 0
+            case int() | float():
+                return struct.unpack("q", struct.pack("d", value))[0], 0, 0, 0
+        raise NotRecordableError(f"an argument {value!r}")
+
+    def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Run the calls on these tensors, in the order in which their memories were recorded."""
+        scalars = [torch.get_num_threads()]
+        for source in self._recorder.sources:
+            tensor = tensors[source.tensor]
+            scalars.append((tensor.stride() if source.of_strides else tensor.shape)[source.dim])
+        addresses = self._addresses
+        for index, tensor in enumerate(tensors):
+            # The weights are the same tensors in every run.
+            if index >= len(self._tensors) or tensor is not self._tensors[index]:
+                _check(tensor, self._recorder.externals[index])
+                addresses[2 + index] = tensor.data_ptr()
+        self._tensors = tensors
+        constant, scalar, factor = self._workspace_size
+        needed = constant + factor * scalars[scalar]
+        if needed > self._workspace.numel():
+            self._workspace = torch.empty(needed, dtype=torch.uint8)
+        addresses[1] = self._workspace.data_ptr()
+        made = {}
+        for memory, address in self._address.items():
+            made[memory] = torch.empty(_evaluate(memory.num_bytes, scalars), dtype=torch.uint8)
+            addresses[address] = made[memory].data_ptr()
+        words = np.array(scalars, np.int64)[self._scalar_of]
+        words *= self._factors
+        words += self._constants
+        words += addresses[self._address_of]
+        failed = _run_program()(self._calls.ctypes.data, self.num_calls, words.ctypes.data)
+        if failed:
+            name = self._recorder.calls[failed - 1][0]
+            raise ValueError(f"{name} refused its arguments: a table names what is not there")
+        return tuple(
+            made[value.memory]
+            .view(value.dtype)
+            .as_strided(
+                [_evaluate(size, scalars) for size in value.shape],
+                [_evaluate(stride, scalars) for stride in value.strides],
+                value.offset,
+            )
+            for value in self._results
+        )
+
+    def forget(self) -> None:
+        """Hold nothing of the last run: its tensors may lie elsewhere now."""
+        self._tensors = ()
+        self._workspace = torch.empty(0, dtype=torch.uint8)
+
+
+def _check(tensor: torch.Tensor, value: Value) -> None:
+    """A tensor must lie as it was recorded: the kernels trust the strides."""
+    for size, stride, recorded in zip(tensor.shape, tensor.stride(), value.strides, strict=True):
+        assert size == 1 or not isinstance(recorded, int) or stride == recorded, (
+            f"a tensor {list(tensor.shape)} has the strides {tensor.stride()}, not {value.strides}"
+        )
+
+
+def _evaluate(number: int | Number, scalars: Sequence[int]) -> int:
+    if isinstance(number, Number):
+        return number.constant + number.factor * scalars[number.scalar]
+    return number
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+@functools.cache
+def _run_program() -> Callable[..., int]:
+    function = library().run_program
+    function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+    function.restype = ctypes.c_int64
+    return function
