@@ -122,7 +122,7 @@ class EngineMetrics:
     cache_waste: unused slots / allocated slots, averaged over steps. cache_usage: allocated
     blocks / all blocks, now. prefix_tokens: tokens of the requests that were let in;
     prefix_cache_hit_tokens: those of them that the prefix cache held. num_cached_blocks: blocks
-    whose content can be found, now.
+    whose content can be found, now. first_step_seconds: of the first step, 0 before it.
     """
 
     engine_steps: int = 0
@@ -142,6 +142,7 @@ class EngineMetrics:
     cache_waste: float = 0.0
     forward_seconds: float = 0.0
     host_seconds: float = 0.0
+    first_step_seconds: float = 0.0
 
     @property
     def prefix_cache_hit_rate(self) -> float:

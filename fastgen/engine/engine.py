@@ -64,7 +64,7 @@ class EngineCore:
         )
         self._stats = SchedulerStats()
         self._waiting_for_idle: list[Future] = []
-        self._forward_seconds = self._host_seconds = 0.0
+        self._forward_seconds = self._host_seconds = self._first_step_seconds = 0.0
         self._mailbox = Mailbox()
         thread = threading.Thread(
             target=_run_engine,
@@ -336,7 +336,9 @@ class EngineCore:
                 self._finish(item.request, "error", error)
             return True
         self._forward_seconds += after - before
-        self._host_seconds += time.perf_counter() - after + before - start
+        took = time.perf_counter() - start
+        self._host_seconds += took - (after - before)
+        self._first_step_seconds = self._first_step_seconds or took
         return True
 
     def _tell_idle(self) -> None:
@@ -438,6 +440,7 @@ class EngineCore:
             cache_waste=self._stats.cache_waste,
             forward_seconds=self._forward_seconds,
             host_seconds=self._host_seconds,
+            first_step_seconds=self._first_step_seconds,
         )
 
 
