@@ -324,7 +324,7 @@ def _value_of(argument: Any, nodes: dict[str, fx.Node]) -> Any:
 
 def _tensor(row: list[Any]) -> torch.Tensor:
     shape, dtype, device, content = row
-    raw = torch.frombuffer(bytearray(base64.b64decode(content)), dtype=torch.uint8)
+    raw = torch.tensor(list(base64.b64decode(content)), dtype=torch.uint8)
     return raw.view(_TORCH_VALUES[dtype]).reshape(shape).to(device)
 
 

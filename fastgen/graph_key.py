@@ -69,6 +69,12 @@ _ENVIRONMENT = ("TORCH", "PYTORCH", "TRANSFORMERS", "FASTGEN", "ONEDNN", "DNNL",
 _ENVIRONMENT_WITHOUT_EFFECT = {"FASTGEN_CACHE_DIR", "TRANSFORMERS_VERBOSITY"}
 # Attributes of modules that no forward reads, or that the configuration says already.
 _HARMLESS_ATTRIBUTES = IGNORED_ATTRIBUTES | {"generation_config", "_hf_hook", "_old_forward"}
+# What Python and transformers note on a class when they have looked at it.
+_NOTES_OF_CLASSES = {
+    "_abc_impl",
+    "_can_set_attn_implementation_cached_value",
+    "_can_set_experts_implementation_cached_value",
+}
 _LARGEST_TENSOR_BYTES = 1 << 16
 _NAMED = (torch.dtype, torch.layout, torch.memory_format, torch.device, torch.Size, complex, bytes)
 
@@ -400,7 +406,7 @@ def _is_own(value: Any) -> bool:
 
 def _is_bookkeeping(key: str, member: Any) -> bool:
     """Whether an entry of a class is not a thing that a forward could use."""
-    if key == "_abc_impl" or isinstance(member, _DESCRIPTORS):
+    if key in _NOTES_OF_CLASSES or isinstance(member, _DESCRIPTORS):
         return True
     return key.startswith("__") and _function_in(member) is None
 
