@@ -10,6 +10,7 @@ as it is written. What cannot be described in a way that is the same in every pr
 from __future__ import annotations
 
 import collections
+import dataclasses
 import enum
 import functools
 import hashlib
@@ -228,7 +229,8 @@ class _Describer:
         elif isinstance(value, property):
             return self.describe([value.fget, value.fset], where, lenient)
         elif _is_configuration(value):
-            return self._once(value) or f"config {self.describe(vars(value), where)}"
+            kind = self._class(type(value), where)
+            return self._once(value) or f"{kind} {self.describe(vars(value), where)}"
         if lenient and (_origin_of(type(value)) != "user" or not callable(value)):
             return f"a {_name_of(type(value))}"
         raise NotCacheableError(f"{where} is a {_name_of(type(value))}, which has no lasting name")
@@ -412,9 +414,10 @@ def _is_bookkeeping(key: str, member: Any) -> bool:
 
 
 def _is_configuration(value: Any) -> bool:
+    """Whether an object is what its attributes say: a model's configuration, or an adapter's."""
     from transformers import PretrainedConfig
 
-    return isinstance(value, PretrainedConfig)
+    return isinstance(value, PretrainedConfig) or dataclasses.is_dataclass(value)
 
 
 def _tensor(tensor: torch.Tensor | None, ties: dict[Any, int]) -> str:
