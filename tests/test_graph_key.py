@@ -142,7 +142,7 @@ _THING = Thing()
         (times(Thing()), r"mlp.extra is a test_graph_key.Thing"),
         (called_thing, r"mlp.extra is a test_graph_key.Thing"),
         (torch.zeros(1 << 20), "4194304 bytes"),
-        (nn.Linear(2, 2).weight.register_hook, "no lasting name"),
+        (types.MethodType(called_thing, Thing()), r"mlp.extra is a test_graph_key.Thing"),
         ([nn.Linear(2, 2)], "no lasting name"),
     ],
     ids=["object", "in-a-container", "in-a-closure", "global", "tensor", "method", "hidden-module"],
