@@ -51,7 +51,7 @@ _FUNCTIONS |= {"torch.sym_max": torch.sym_max, "torch.sym_min": torch.sym_min}
 _FUNCTIONS |= {"torch.sym_not": torch.sym_not, "torch.sym_float": torch.sym_float}
 _FUNCTION_NAMES = {function: name for name, function in _FUNCTIONS.items()}
 # Values of torch's own that are arguments of ops, by their text: "torch.float32", ...
-_TORCH_VALUES = {
+_TORCH_VALUES: dict[str, Any] = {
     str(value): value
     for value in vars(torch).values()
     if isinstance(value, torch.dtype | torch.layout | torch.memory_format)
