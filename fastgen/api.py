@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import threading
 import time
 import weakref
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,8 +17,9 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
+from . import graph_cache
 from .capture import capture, check_model
-from .compiled import CompiledForward, compile_graph
+from .compiled import CompiledForward, rewrite
 from .config import Config
 from .engine.engine import EngineCore
 from .engine.kv_cache import free_memory_bytes
@@ -24,7 +27,11 @@ from .errors import NotOptimizedError, UnsupportedModelError
 from .explanation import Explanation
 from .fingerprint import fingerprint
 from .generate import TransformersLoop, patch, unpatch
+from .graph_key import NotCacheableError, graph_key
+from .kernels.cpu import MissingLibraryError, why_missing
+from .kernels.cpu.build import cache_dir
 from .live import Change, LiveWeights
+from .passes import CapturedGraph, Report
 from .versions import warn_of_untested_versions
 from .wrappers import replaces_inputs, unwrap, wrapper_refusal
 
@@ -40,6 +47,8 @@ _step_hook: RemovableHandle | None = None
 
 # Graphs kept for a model that changes to and fro, as an adapter is switched on and off.
 _NUM_GRAPHS_KEPT = 4
+# Room for packed copies beyond this, in eighths of the weights, changes nothing.
+_AMPLE_EIGHTHS = 16
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,9 @@ class OptimizedModel:
         self.config = config
         self.weight_epoch = 0
         self.fallbacks: Counter[str] = Counter()
-        self.seconds: dict[str, float] = {}
+        self.start: dict[str, float] = {}  # seconds of what it took to get ready
+        self.seconds: dict[str, float] = {}  # of what every entry does
+        self.graph_source = ""
         self.class_name = type(model).__name__
         self.weights = LiveWeights(model, config.weight_check)
         self._lock = threading.RLock()
@@ -75,6 +86,7 @@ class OptimizedModel:
 
     def _build(self, model: Any, current: tuple) -> None:
         """Capture, rewrite and lay out the weights; a failure leaves the model as it was."""
+        self.start = {}
         graph = self._graphs.pop(current, None) or self._capture(model)
         self._attach(graph.compiled)
         self._graphs[current] = graph
@@ -84,34 +96,88 @@ class OptimizedModel:
 
     def _capture(self, model: Any) -> _Graph:
         max_model_len = self._max_model_len(model)
-        start = time.perf_counter()
-        captured = capture(model)
-        self.seconds["capture"] = time.perf_counter() - start
-        start = time.perf_counter()
         device = next(model.parameters()).device
-        captured.pack_budget_bytes = self._pack_budget_bytes(device)
-        compiled = compile_graph(captured, self.config.passes_off)
-        self.seconds["passes"] = time.perf_counter() - start
+        if device.type == "cpu":
+            self._load_kernels()
+        budget = self._pack_budget_bytes(model, device)
+        if self.config.graph_cache:
+            graph, report = self._cached(model, device, budget)
+        else:
+            graph, report = self._traced(model, budget)
+            self.graph_source = "traced; graph_cache is off"
+        with self._timed("choice of kernels"):
+            compiled = CompiledForward(graph, report)
         return _Graph(compiled, device, max_model_len)
 
-    def _pack_budget_bytes(self, device: torch.device) -> int:
+    def _cached(
+        self, model: Any, device: torch.device, budget: int
+    ) -> tuple[CapturedGraph, Report]:
+        """The rewritten graph from the disk; traced and written there if it is not."""
+        check_model(model)
+        key, why = None, ""
+        try:
+            with self._timed("key of the graph"):
+                key = graph_key(model, self.config.passes_off, budget)
+            with self._timed("graph from cache"):
+                found = graph_cache.load(key, device)
+            if found is not None:
+                self.graph_source = "from the graph cache"
+                return found
+            del self.start["graph from cache"]
+        except NotCacheableError as error:
+            why = str(error)
+        graph, report = self._traced(model, budget)
+        if key is not None:
+            try:
+                with self._timed("graph written"):
+                    graph_cache.store(key, graph, report)
+            except (NotCacheableError, OSError) as error:
+                why = str(error)
+        self.graph_source = f"traced, not cached: {why}" if why else "traced, and cached"
+        return graph, report
+
+    def _traced(self, model: Any, budget: int) -> tuple[CapturedGraph, Report]:
+        with self._timed("capture"):
+            captured = capture(model)
+        self.start["capture"] -= captured.check_seconds
+        self.start["packing check"] = captured.check_seconds
+        captured.pack_budget_bytes = budget
+        with self._timed("passes"):
+            return rewrite(captured, self.config.passes_off)
+
+    def _load_kernels(self) -> None:
+        before = _built_libraries()
+        with self._timed("kernels loaded"):
+            why_missing()
+        if _built_libraries() != before:
+            self.start["kernels compiled"] = self.start.pop("kernels loaded")
+
+    @contextlib.contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.start[what] = time.perf_counter() - start
+
+    def _pack_budget_bytes(self, model: Any, device: torch.device) -> int:
+        """What packed copies may take, in eighths of the weights: the same on every start."""
         match self.config.pack:
             case "auto":
-                return free_memory_bytes(device) // 4
+                eighth = sum(parameter.nbytes for parameter in model.parameters()) // 8 or 1
+                return min(free_memory_bytes(device) // 4 // eighth, _AMPLE_EIGHTHS) * eighth
             case True:
                 return sys.maxsize
         return 0
 
     @torch.inference_mode(False)  # parameters must not become inference tensors
     def _attach(self, compiled: CompiledForward) -> None:
-        start = time.perf_counter()
-        self.weights.attach(compiled.merges)
+        with self._timed("weights merged"):
+            self.weights.attach(compiled.merges)
         try:
-            compiled.bind(self.weights.resolve(compiled.weight_inputs))
+            with self._timed("weights packed"):
+                compiled.bind(self.weights.resolve(compiled.weight_inputs))
         except BaseException:
             self.weights.detach()
             raise
-        self.seconds["weights"] = time.perf_counter() - start
 
     @property
     def compiled(self) -> CompiledForward:
@@ -278,10 +344,20 @@ class OptimizedModel:
             spec=self.compiled.spec,
             report=self.compiled.report,
             weight_epoch=self.weight_epoch,
+            graph_source=self.graph_source,
+            start=dict(self.start),
             seconds=dict(self.seconds),
             fallbacks=dict(self.fallbacks),
             metrics=metrics,
         )
+
+
+def _built_libraries() -> set[str]:
+    """The compiled kernels on this machine's disk."""
+    try:
+        return {path.name for path in cache_dir().glob("kernels-*.so")}
+    except (MissingLibraryError, OSError):
+        return set()
 
 
 def optimize(model: Model, config: Config | None = None, **fields: Any) -> Model:
@@ -325,7 +401,7 @@ def optimize(model: Model, config: Config | None = None, **fields: Any) -> Model
     logger.info(
         "optimised %s in %.1f s: %s",
         optimized.class_name,
-        sum(optimized.seconds.values()),
+        sum(optimized.start.values()),
         ", ".join(f"{p.name} {p.matches}" for p in optimized.compiled.report.passes),
     )
     return model

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
+import time
 from collections import Counter
 from typing import Any
 
@@ -276,7 +277,9 @@ def capture(model: Any) -> CapturedGraph:
         _resolve_masks(captured)
         _check_layers(model, captured)
         _check_kept_tokens(model, captured)
-        check_packing(model, captured)
+        start = time.perf_counter()
+        captured.keeps_sequences_apart = check_packing(model, captured)
+        captured.check_seconds = time.perf_counter() - start
     return captured
 
 

@@ -108,8 +108,10 @@ class CompiledForward:
         return self._forward(*arguments)
 
 
-def compile_graph(captured: CapturedGraph, passes_off: Sequence[str] = ()) -> CompiledForward:
-    """Run the passes over a captured graph and make it callable.
+def rewrite(
+    captured: CapturedGraph, passes_off: Sequence[str] = ()
+) -> tuple[CapturedGraph, Report]:
+    """Run the passes over a captured graph: what a CompiledForward is made from.
 
     Raises: ValueError for an unknown name in passes_off, UnsupportedModelError if a required pass
         refuses the graph.
@@ -120,7 +122,12 @@ def compile_graph(captured: CapturedGraph, passes_off: Sequence[str] = ()) -> Co
         raise UnsupportedModelError(f"the graph cannot be rewritten: {error}") from error
     report.facts["num_layers"] = captured.num_layers
     report.facts["packed_bytes"] = packed_bytes(graph)
-    return CompiledForward(graph, report)
+    return graph, report
+
+
+def compile_graph(captured: CapturedGraph, passes_off: Sequence[str] = ()) -> CompiledForward:
+    """Run the passes over a captured graph and make it callable. Raises: as `rewrite`."""
+    return CompiledForward(*rewrite(captured, passes_off))
 
 
 def choose_kernels(graph: CapturedGraph) -> dict[str, dict[str, Any]]:

@@ -56,6 +56,8 @@ class Config:
         pack: Copies of the weights in the layout of the processor's GEMM, which is faster: "auto"
             makes them within a quarter of the free memory, True whatever it is, False never.
         passes_off: Names of optional passes that are left out.
+        graph_cache: Keep the rewritten graph on disk, in `FASTGEN_CACHE_DIR` or the user's cache
+            folder, so that the next start of the same model does not trace it again.
     Raises: ValueError for a value out of range, TypeError for an unknown field.
     """
 
@@ -68,6 +70,7 @@ class Config:
     weight_check: str = "sampled"
     pack: bool | str = "auto"
     passes_off: tuple[str, ...] = ()
+    graph_cache: bool = True
 
     def __post_init__(self) -> None:
         check_int("max_num_seqs", self.max_num_seqs, 1, 1 << 16)
@@ -79,8 +82,9 @@ class Config:
             raise ValueError(f"block_size must be 16, 32 or 64, got {self.block_size!r}")
         if self.kv_cache_memory_bytes is not None:
             check_int("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1, 1 << 50)
-        if not isinstance(self.prefix_cache, bool):
-            raise ValueError(f"prefix_cache must be a bool, got {self.prefix_cache!r}")
+        for name in ("prefix_cache", "graph_cache"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be a bool, got {getattr(self, name)!r}")
         if self.weight_check not in WEIGHT_CHECKS:
             raise ValueError(
                 f"weight_check must be one of {', '.join(WEIGHT_CHECKS)}, got {self.weight_check!r}"

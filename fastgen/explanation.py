@@ -22,6 +22,8 @@ class Explanation:
     spec: CacheSpec
     report: Report
     weight_epoch: int
+    graph_source: str
+    start: dict[str, float]
     seconds: dict[str, float]
     fallbacks: dict[str, int]
     metrics: EngineMetrics | None
@@ -36,6 +38,8 @@ class Explanation:
             "cache": {"bytes_per_token": self.spec.bytes_per_token, "layers": layers},
             **self.report.to_dict(),
             "weight_epoch": self.weight_epoch,
+            "graph": self.graph_source,
+            "start_seconds": self.start_seconds(),
             "seconds": self.seconds,
             "fallbacks": self.fallbacks,
             "metrics": None if self.metrics is None else asdict(self.metrics),
@@ -68,10 +72,20 @@ class Explanation:
             f"  weights       epoch {self.weight_epoch}, checked: {self.config.weight_check}; "
             f"{packed / 2**20:.1f} MiB of packed copies"
         )
-        times = ", ".join(f"{name} {value:.2f} s" for name, value in self.seconds.items())
-        lines.append(f"  time          {times}")
+        lines.append(f"  graph         {self.graph_source}")
+        for title, seconds in (("start", self.start_seconds()), ("time", self.seconds)):
+            if seconds:
+                times = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
+                lines.append(f"  {title:<14}{times}")
         lines.extend(self._traffic())
         return "\n".join(lines)
+
+    def start_seconds(self) -> dict[str, float]:
+        """What the start took, from the call of optimize to the end of the first step."""
+        seconds = dict(self.start)
+        if self.metrics is not None and self.metrics.first_step_seconds:
+            seconds["first step"] = self.metrics.first_step_seconds
+        return {**seconds, "total": sum(seconds.values())}
 
     def _traffic(self) -> list[str]:
         lines = []

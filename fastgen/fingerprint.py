@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-_SCALARS = (int, float, bool, str, type(None))
+SCALARS = (int, float, bool, str, type(None))
 # What does not change the function that a module computes in evaluation mode: modes of training,
 # the dictionaries that every module has, and notes of libraries that they have been here.
-_IGNORED_ATTRIBUTES = frozenset(
+IGNORED_ATTRIBUTES = frozenset(
     {
         "training",
         "gradient_checkpointing",
@@ -117,7 +117,7 @@ def fingerprint(model: nn.Module) -> tuple:
                     [
                         (key, repr(value))
                         for key, value in attributes.items()
-                        if key not in _IGNORED_ATTRIBUTES and _is_plain(value)
+                        if key not in IGNORED_ATTRIBUTES and _is_plain(value)
                     ]
                 ),
             )
@@ -132,7 +132,7 @@ def fingerprint(model: nn.Module) -> tuple:
                     t.device,
                     t.is_inference(),
                     ties.setdefault(id(t), len(ties)),
-                    ties.setdefault(_storage_of(t), len(ties)),
+                    ties.setdefault(storage_of(t), len(ties)),
                 )
                 for key, t in tensors.items()
                 if t is not None
@@ -146,7 +146,7 @@ def fingerprint(model: nn.Module) -> tuple:
     )
 
 
-def _storage_of(tensor: torch.Tensor) -> int:
+def storage_of(tensor: torch.Tensor) -> int:
     """Where a tensor's storage lies; subclasses may have none, and stand for themselves."""
     if type(tensor) in (torch.Tensor, nn.Parameter):
         return tensor.untyped_storage().data_ptr()
@@ -155,7 +155,7 @@ def _storage_of(tensor: torch.Tensor) -> int:
 
 def _is_plain(value: Any) -> bool:
     """A scalar, or a container of nothing but plain values (a LoRA layer's scales are a dict)."""
-    if isinstance(value, _SCALARS):
+    if isinstance(value, SCALARS):
         return True
     if isinstance(value, torch.Tensor | nn.Module):
         return False

@@ -123,7 +123,8 @@ class EngineMetrics:
     blocks / all blocks, now. prefix_tokens: tokens of the requests that were let in;
     prefix_cache_hit_tokens: those of them that the prefix cache held. num_cached_blocks: blocks
     whose content can be found, now. forward_seconds: in the model. sampling_seconds: from logits
-    to token ids. host_seconds: the rest of the steps.
+    to token ids. host_seconds: the rest of the steps. first_step_seconds: of the first step, 0
+    before it.
     """
 
     engine_steps: int = 0
@@ -144,6 +145,7 @@ class EngineMetrics:
     forward_seconds: float = 0.0
     sampling_seconds: float = 0.0
     host_seconds: float = 0.0
+    first_step_seconds: float = 0.0
 
     @property
     def prefix_cache_hit_rate(self) -> float:

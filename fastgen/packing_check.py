@@ -39,13 +39,14 @@ class _Forward(fx.Interpreter):
         return torch.cat(outputs)[self.order]
 
 
-def check_packing(model: nn.Module, captured: CapturedGraph) -> None:
+def check_packing(model: nn.Module, captured: CapturedGraph) -> bool:
     """Compare the logits of a short sequence between two calls that it shares with another one.
 
     The other's tokens differ, and the order in which all tokens lie. Masks must be resolved. Costs
     two forwards of 8 tokens.
+    Returns: whether the logits say something: not if they are all zero, or not finite.
     Raises: UnsupportedModelError if the logits differ by more than rounding: sqrt(eps) of their
-        dtype, relative to the largest. Logits that are not finite say nothing.
+        dtype, relative to the largest.
     """
     device = next(model.parameters()).device
     own, other = range(len(_SEQUENCES[0])), len(_SEQUENCES[1])
@@ -62,6 +63,7 @@ def check_packing(model: nn.Module, captured: CapturedGraph) -> None:
             f"{float(tolerance):.2g}; something besides attention looks at other tokens, or "
             "positions are not taken from position_ids"
         )
+    return bool(largest.isfinite() and largest > 0)
 
 
 def _logits(

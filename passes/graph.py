@@ -52,7 +52,8 @@ class CapturedGraph:
     inputs: placeholder name -> meaning, in the graph's order. constants: tensors the forward
     created while it was traced. parameter_refusals: parameter name -> why it must not be merged
     (tied, parametrised, storage shared), known only where the live model is at hand.
-    pack_budget_bytes: what packed copies of weights may take.
+    pack_budget_bytes: what packed copies of weights may take. keeps_sequences_apart: whether that
+    was seen when the graph was run; not with weights that say nothing. check_seconds: what it took.
     """
 
     module: fx.GraphModule
@@ -62,6 +63,8 @@ class CapturedGraph:
     parameter_refusals: dict[str, str] = field(default_factory=dict)
     merges: list[MergePlan] = field(default_factory=list)
     pack_budget_bytes: int = 0
+    keeps_sequences_apart: bool = False
+    check_seconds: float = 0.0
 
     @property
     def graph(self) -> fx.Graph:

@@ -4,13 +4,49 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import shutil
+
 import pytest
 import torch
+from fastgen.kernels.cpu import why_missing
+from fastgen.kernels.cpu.build import cache_dir
 from tiny_models import tiny_model
 
 import fastgen
+import fastgen.api
+from fastgen.graph_key import NotCacheableError, graph_key
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory):
+    """A cache folder of the session's own; only the compiled kernels are the user's.
+
+    In this process graphs are cached where a test takes `graphs_on_disk`: everywhere else it is
+    the capture that is tested.
+    """
+
+    def traced(*_):
+        raise NotCacheableError("in tests graphs are traced")
+
+    folder = tmp_path_factory.mktemp("cache")
+    if why_missing() is None:  # compiled where the next session finds it
+        for library in cache_dir().glob("kernels-*.so"):
+            shutil.copy2(library, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTGEN_CACHE_DIR", str(folder))
+        patch.setattr(fastgen.api, "graph_key", traced)
+        yield folder
+
+
+@pytest.fixture
+def graphs_on_disk(tmp_path, monkeypatch):
+    """An empty folder where this test's graphs are cached."""
+    monkeypatch.setenv("FASTGEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(fastgen.api, "graph_key", graph_key)
+    return tmp_path / "graphs"
+
 
 # What a test of the engine or of generate() runs on; tests/test_families.py is about all families.
 PAIR = ("llama", "qwen2")

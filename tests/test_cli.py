@@ -56,6 +56,20 @@ def test_explain_prints_text_and_json():
     assert data["model"] == "LlamaForCausalLM"
 
 
+def test_cache_is_shown_and_cleared(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTGEN_CACHE_DIR", str(tmp_path))
+    (tmp_path / "kernels-0.so").write_bytes(b"0")
+    (tmp_path / "graphs").mkdir(mode=0o700)
+    (tmp_path / "graphs" / "a.json").write_text("{}")
+    shown = fastgen("cache", "show")
+    assert shown.returncode == 0, shown.stderr
+    assert "1 graphs" in shown.stdout
+    assert str(tmp_path) in shown.stdout
+    assert "removed 1 graphs and 1 compiled" in fastgen("cache", "clear").stdout
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert fastgen("cache").returncode == 2
+
+
 def test_bench_measures_after_the_parity_gate():
     result = fastgen(
         "bench", "--model", "demo", "--dtype", "float32", "--workload", "single",

@@ -21,6 +21,7 @@ CONFIG_GOOD = {
     "kv_cache_memory_bytes": [None, 1, 2**31, 2**40, 1 << 50],
     "weight_check": ["sampled", "full", "manual"],
     "prefix_cache": [True, False],
+    "graph_cache": [True, False],
     "pack": ["auto", True, False],
     "passes_off": [(), ("merge_linears",), ["a", "b"]],
 }
@@ -32,6 +33,7 @@ CONFIG_BAD = {
     "kv_cache_memory_bytes": [0, -1, (1 << 50) + 1, 2**63, 10**400, *NOT_INTS],
     "weight_check": ["", "Sampled", "never", None, True, 1],
     "prefix_cache": [None, 0, 1, 1.0, "yes", [True]],
+    "graph_cache": [None, 0, 1, "yes"],
     "pack": ["", "Auto", None, 0, 1, 1.0, [True]],
     "passes_off": ["merge_linears", ""],
 }
@@ -63,6 +65,7 @@ def test_config_defaults():
         "kv_cache_memory_bytes": None,
         "weight_check": "sampled",
         "prefix_cache": True,
+        "graph_cache": True,
         "pack": "auto",
         "passes_off": (),
     }

@@ -65,6 +65,7 @@ class EngineCore:
         self._stats = SchedulerStats()
         self._waiting_for_idle: list[Future] = []
         self._forward_seconds = self._sampling_seconds = self._host_seconds = 0.0
+        self._first_step_seconds = 0.0
         self._mailbox = Mailbox()
         thread = threading.Thread(
             target=_run_engine,
@@ -329,10 +330,11 @@ class EngineCore:
             for item in output.scheduled:
                 self._finish(item.request, "error", error)
             return True
-        forward = self._runner.forward_seconds
+        forward, took = self._runner.forward_seconds, time.perf_counter() - start
         self._forward_seconds += forward
         self._sampling_seconds += sampling
-        self._host_seconds += time.perf_counter() - start - forward - sampling
+        self._host_seconds += took - forward - sampling
+        self._first_step_seconds = self._first_step_seconds or took
         return True
 
     def _tell_idle(self) -> None:
@@ -462,6 +464,7 @@ class EngineCore:
             forward_seconds=self._forward_seconds,
             sampling_seconds=self._sampling_seconds,
             host_seconds=self._host_seconds,
+            first_step_seconds=self._first_step_seconds,
         )
 
 
