@@ -25,6 +25,8 @@ class Explanation:
     seconds: dict[str, float]
     fallbacks: dict[str, int]
     metrics: EngineMetrics | None
+    released_bytes: int
+    kept: dict[str, tuple[int, str]]  # packed and not released: bytes, why
 
     def to_dict(self) -> dict[str, Any]:
         layers = [{**asdict(layer), "dtype": str(layer.dtype)} for layer in self.spec.layers]
@@ -38,6 +40,8 @@ class Explanation:
             "weight_epoch": self.weight_epoch,
             "seconds": self.seconds,
             "fallbacks": self.fallbacks,
+            "released_bytes": self.released_bytes,
+            "kept": self.kept,
             "metrics": None if self.metrics is None else asdict(self.metrics),
         }
 
@@ -68,6 +72,13 @@ class Explanation:
             f"  weights       epoch {self.weight_epoch}, checked: {self.config.weight_check}; "
             f"{packed / 2**20:.1f} MiB of packed copies"
         )
+        if self.config.release_weights:
+            lines.append(
+                f"  released      {self.released_bytes / 2**20:.1f} MiB of weights, whose packed "
+                "copies are the only ones; fastgen.restore(model) unpacks them"
+            )
+        for name, (num_bytes, why) in self.kept.items():
+            lines.append(f"    kept        {name} ({num_bytes / 2**20:.1f} MiB): {why}")
         times = ", ".join(f"{name} {value:.2f} s" for name, value in self.seconds.items())
         lines.append(f"  time          {times}")
         lines.extend(self._traffic())

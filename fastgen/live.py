@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from .checksum import checksums, words_of
-from .errors import UnsupportedModelError
+from .errors import ReleasedWeightsError, UnsupportedModelError
 from .kernels.packed_linear import pack
 from .passes import InputSpec, MergePlan
+from .released import WAY_BACK, ReleasedWeights, is_released, packed_of
 
 
 class Change(enum.Enum):
@@ -24,6 +25,9 @@ class Change(enum.Enum):
     NONE = "none"
     VALUES = "values"  # in place: whoever reads the memory sees them
     MEMORY = "memory"  # a weight is another tensor now, or lies elsewhere: lay out again
+
+
+_RELEASED = ()  # the memory of a released weight
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class _Watched:
 
 def memory_of(tensor: torch.Tensor) -> tuple:
     """Where a tensor's elements lie; changes when the tensor is moved, cast or reshaped."""
+    if is_released(tensor):
+        return _RELEASED
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
@@ -84,7 +90,9 @@ class LiveWeights:
 
     def __init__(self, model: nn.Module, weight_check: str = "sampled") -> None:
         self.weight_check = weight_check
+        self.released = ReleasedWeights()
         self._model = weakref.ref(model)
+        self._plans: dict[str, MergePlan] = {}
         self._merged: dict[MergePlan, _Merged] = {}
         self._watched: list[_Watched] = []
         self._words: list[torch.Tensor] = []
@@ -94,25 +102,28 @@ class LiveWeights:
     def attach(self, plans: Iterable[MergePlan]) -> None:
         """Lay out these merged weights and no others, one at a time.
 
-        A plan that is laid out already, by the same parameters, stays as it is. After a failure
-        nothing is laid out.
+        A plan that is laid out already, by the same parameters, stays as it is, and so does one
+        whose parameters were released. After a failure nothing is laid out or released.
         """
         plans, model = tuple(plans), self._require_model()
+        self._plans = {plan.name: plan for plan in plans}
         self._forget()
         try:
             for plan in list(self._merged):
                 if plan not in plans or not self._in_place(plan):
                     _split(self._merged.pop(plan), _tensors_of(model))
             for plan in plans:
-                if plan not in self._merged:
+                released = is_released(model.get_parameter(plan.members[0]))
+                if plan not in self._merged and not released:
                     self._merged[plan] = _merge(model, plan)
         except BaseException:
             self.detach()
             raise
 
     def detach(self) -> None:
-        """Give every member parameter memory of its own again."""
+        """Give every member and every released parameter memory of its own again."""
         self._forget()
+        self.released.restore()
         while self._merged:
             _, merged = self._merged.popitem()
             _split(merged, _tensors_of(self._model()))
@@ -125,12 +136,16 @@ class LiveWeights:
             if not merged.residents():
                 del self._merged[plan]
 
-    def resolve(self, inputs: Iterable[InputSpec]) -> dict[InputSpec, torch.Tensor]:
+    def resolve(
+        self, inputs: Iterable[InputSpec], release: bool = False
+    ) -> dict[InputSpec, torch.Tensor]:
         """The tensor of each weight input, packed copies made anew; from now on they are watched.
 
+        Args:
+            release: Free what is packed, one by one, unless the inputs have it plain, too.
         Raises: UnsupportedModelError for a weight whose values cannot be watched.
         """
-        model = self._require_model()
+        model, inputs = self._require_model(), tuple(inputs)
         found, watched = {}, {}
         merged = {plan.name: merged.tensor for plan, merged in self._merged.items()}
         for spec in inputs:
@@ -142,15 +157,45 @@ class LiveWeights:
                     found[spec] = watched[spec.target] = model.get_buffer(spec.target)
                 case "merged":
                     found[spec] = merged[spec.target]
-                case "packed" if spec.target in merged:
-                    found[spec] = pack(merged[spec.target])
                 case "packed":
-                    watched[spec.target] = model.get_parameter(spec.target)
-                    found[spec] = pack(watched[spec.target])
+                    members = self._members(spec.target)
+                    watched.update(members)
+                    packed = packed_of(next(iter(members.values())))
+                    if packed is None:
+                        packed = pack(merged.get(spec.target, watched[next(iter(members))]))
+                        if release:
+                            merged.pop(spec.target, None)
+                            self._release(spec.target, members, packed, inputs)
+                    found[spec] = packed
         for plan in self._merged:
             watched.update((name, model.get_parameter(name)) for name in plan.members)
         self._watch(watched)
         return found
+
+    def _members(self, target: str) -> dict[str, nn.Parameter]:
+        """The parameters that a packed weight is made from, in its order."""
+        plan, model = self._plans.get(target), self._require_model()
+        names = (target,) if plan is None else plan.members
+        return {name: model.get_parameter(name) for name in names}
+
+    def _release(
+        self,
+        target: str,
+        members: dict[str, nn.Parameter],
+        packed: torch.Tensor,
+        inputs: tuple[InputSpec, ...],
+    ) -> None:
+        """Free what was packed, if nothing else reads it."""
+        model = self._require_model()
+        plain = [model.get_parameter(spec.target) for spec in inputs if spec.kind == "parameter"]
+        read = {id(parameter) for parameter in plain} & {id(member) for member in members.values()}
+        if read or InputSpec("merged", target) in inputs:
+            self.released.keep(target, members, "the graph reads it plain, too, as an embedding")
+            return
+        everything = dict(model.named_parameters(remove_duplicate=False))
+        everything.update(model.named_buffers(remove_duplicate=False))
+        if self.released.release(target, members, packed, everything) and target in self._plans:
+            del self._merged[self._plans[target]]
 
     def _watch(self, tensors: dict[str, torch.Tensor]) -> None:
         self._watched = [_Watched.of(name, tensor) for name, tensor in tensors.items()]
@@ -160,8 +205,8 @@ class LiveWeights:
         whole = {merged.tensor.data_ptr(): merged.tensor for merged in self._merged.values()}
         members = {name for plan in self._merged for name in plan.members}
         for name, tensor in tensors.items():
-            if name in members:
-                continue  # looked at as part of the merged weight
+            if name in members or is_released(tensor):
+                continue  # looked at as part of the merged weight, or cannot change
             if type(tensor) not in (torch.Tensor, nn.Parameter):
                 raise UnsupportedModelError(
                     f"{name} is a {type(tensor).__name__}, whose values cannot be watched; "
@@ -182,7 +227,10 @@ class LiveWeights:
 
         Args:
             look_at_values: Also compare checksums, as `weight_check` says.
+        Raises: ReleasedWeightsError if a released weight is another tensor now, or somebody wrote
+            into a copy of one, which is lost on the model.
         """
+        self.released.check_copies()
         change = Change.NONE
         modules = dict(self._require_model().named_modules(remove_duplicate=False))
         for watched in self._watched:
@@ -192,8 +240,14 @@ class LiveWeights:
                 or tensor is not watched.tensor()
                 or memory_of(tensor) != watched.memory
             ):
-                return Change.MEMORY
-            if version_of(tensor) != watched.version:
+                if watched.memory == _RELEASED:
+                    name = f"{watched.module}.{watched.attribute}"
+                    raise ReleasedWeightsError(
+                        f"{name} was released (release_weights=True) and is another tensor now: "
+                        f"{WAY_BACK}, all but this one"
+                    )
+                change = Change.MEMORY
+            elif change is Change.NONE and version_of(tensor) != watched.version:
                 change = Change.VALUES
         if change is Change.NONE and look_at_values and checksums(self._words) != self._sums:
             change = Change.VALUES

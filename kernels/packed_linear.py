@@ -38,7 +38,7 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._reorder_linear_weight(plain, _ROWS)
 
 
-def unpack(weight: torch.Tensor) -> torch.Tensor:
+def unpack(weight: torch.Tensor, out_features: int | None = None) -> torch.Tensor:
     """The plain weight."""
     return weight.to_dense() if weight.is_mkldnn else weight
 
