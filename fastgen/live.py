@@ -55,7 +55,10 @@ def memory_of(tensor: torch.Tensor) -> tuple:
 
 def version_of(tensor: torch.Tensor) -> int | None:
     """torch's count of changes in place; None for a tensor made under inference_mode."""
-    return None if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:  # is_inference() forgets it where .data was set
+        return None
 
 
 @dataclass(frozen=True)
@@ -192,8 +195,8 @@ class LiveWeights:
         if read or InputSpec("merged", target) in inputs:
             self.released.keep(target, members, "the graph reads it plain, too, as an embedding")
             return
-        everything = dict(model.named_parameters(remove_duplicate=False))
-        everything.update(model.named_buffers(remove_duplicate=False))
+        everything: dict[str, torch.Tensor] = dict(model.named_buffers(remove_duplicate=False))
+        everything.update(model.named_parameters(remove_duplicate=False))
         if self.released.release(target, members, packed, everything) and target in self._plans:
             del self._merged[self._plans[target]]
 

@@ -13,6 +13,7 @@ element: a view without memory that nothing can be written into.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Mapping
@@ -70,6 +71,8 @@ class _Release:
     counter: torch.Tensor | None = None
     version: int = 0
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def hand_out(self) -> torch.Tensor:
         """The values; the same memory for all who hold them at once, as tied names do."""
         self.check_copies()
@@ -243,7 +246,7 @@ def _why_kept(
 @torch.inference_mode(False)
 @torch.no_grad()
 def _empty(parameter: nn.Parameter, release: _Release) -> None:
-    if not parameter.is_inference():
+    with contextlib.suppress(RuntimeError):  # made under inference_mode: counts nothing
         # A backward through a forward of before would find no weight: so it is refused.
         torch.autograd.graph.increment_version(parameter)
     nothing = torch.full((1,) * parameter.ndim, torch.nan, dtype=parameter.dtype)
