@@ -64,6 +64,7 @@ def test_config_defaults():
         "weight_check": "sampled",
         "prefix_cache": True,
         "pack": "auto",
+        "release_weights": False,
         "passes_off": (),
     }
 
