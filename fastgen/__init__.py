@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         FastgenError,
         InvalidRequestError,
         NotOptimizedError,
+        ReleasedWeightsError,
         RequestFailedError,
         UnsupportedModelError,
     )
@@ -39,6 +40,7 @@ _HOMES = {
         "FastgenError",
         "InvalidRequestError",
         "NotOptimizedError",
+        "ReleasedWeightsError",
         "RequestFailedError",
         "UnsupportedModelError",
     ),
@@ -72,6 +74,7 @@ __all__ = [  # noqa: RUF022 - in the order of a reader's interest
     "FastgenError",
     "UnsupportedModelError",
     "NotOptimizedError",
+    "ReleasedWeightsError",
     "InvalidRequestError",
     "CapacityError",
     "RequestFailedError",

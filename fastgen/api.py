@@ -23,7 +23,7 @@ from .compiled import CompiledForward, rewrite
 from .config import Config
 from .engine.engine import EngineCore
 from .engine.kv_cache import free_memory_bytes
-from .errors import NotOptimizedError, UnsupportedModelError
+from .errors import NotOptimizedError, ReleasedWeightsError, UnsupportedModelError
 from .explanation import Explanation
 from .fingerprint import fingerprint
 from .generate import TransformersLoop, patch, unpatch
@@ -32,6 +32,7 @@ from .kernels.cpu import MissingLibraryError, why_missing
 from .kernels.cpu.build import cache_dir
 from .live import Change, LiveWeights
 from .passes import CapturedGraph, Report
+from .released import WAY_BACK, guard, unguard
 from .versions import warn_of_untested_versions
 from .wrappers import replaces_inputs, unwrap, wrapper_refusal
 
@@ -88,7 +89,9 @@ class OptimizedModel:
         """Capture, rewrite and lay out the weights; a failure leaves the model as it was."""
         self.start = {}
         graph = self._graphs.pop(current, None) or self._capture(model)
-        self._attach(graph.compiled)
+        self._attach(graph.compiled, self.config.release_weights)
+        if self.weights.released:
+            current = fingerprint(model)  # of released parameters from now on
         self._graphs[current] = graph
         while len(self._graphs) > _NUM_GRAPHS_KEPT:
             del self._graphs[next(iter(self._graphs))]
@@ -161,23 +164,36 @@ class OptimizedModel:
     def _pack_budget_bytes(self, model: Any, device: torch.device) -> int:
         """What packed copies may take, in eighths of the weights: the same on every start."""
         match self.config.pack:
-            case "auto":
+            case "auto" if not self.config.release_weights:  # which makes the room it takes
                 eighth = sum(parameter.nbytes for parameter in model.parameters()) // 8 or 1
                 return min(free_memory_bytes(device) // 4 // eighth, _AMPLE_EIGHTHS) * eighth
-            case True:
-                return sys.maxsize
-        return 0
+            case False:
+                return 0
+        return sys.maxsize
 
     @torch.inference_mode(False)  # parameters must not become inference tensors
-    def _attach(self, compiled: CompiledForward) -> None:
+    def _attach(self, compiled: CompiledForward, release: bool = False) -> None:
         with self._timed("weights merged"):
             self.weights.attach(compiled.merges)
         try:
             with self._timed("weights packed"):
-                compiled.bind(self.weights.resolve(compiled.weight_inputs))
+                compiled.bind(self.weights.resolve(compiled.weight_inputs, release))
+            if release and not self.weights.released:
+                raise UnsupportedModelError(
+                    "release_weights=True frees packed weights, and none can be freed: "
+                    + "; ".join(self._reasons_kept(compiled))
+                )
         except BaseException:
             self.weights.detach()
             raise
+
+    def _reasons_kept(self, compiled: CompiledForward) -> list[str]:
+        """Why weights have memory of their own, although release_weights is set."""
+        report = next(item for item in compiled.report.passes if item.name == "pack_linears")
+        reasons = {why for _, why in report.refused} | {
+            why for _, why in self.weights.released.kept.values()
+        }
+        return sorted(reasons) or [f"pack_linears is {report.status} and finds no weights to pack"]
 
     @property
     def compiled(self) -> CompiledForward:
@@ -209,7 +225,8 @@ class OptimizedModel:
     def ready(self, model: Any) -> EngineCore:
         """The engine, after a check that the graph and the weights are still those of the model.
 
-        Raises: TransformersLoop if the model can no longer be captured.
+        Raises: TransformersLoop if the model can no longer be captured, ReleasedWeightsError if it
+            was changed and its weights were released.
         """
         if (why := wrapper_refusal(model)) is not None:
             raise TransformersLoop(why)
@@ -229,6 +246,12 @@ class OptimizedModel:
 
     def _rebuild(self, model: Any, current: tuple) -> None:
         """The model became another: take the graph it had before, or capture it again."""
+        if self.weights.released:
+            raise ReleasedWeightsError(
+                f"{self.class_name} was changed since its weights were released "
+                f"(release_weights=True), and must be captured again: {WAY_BACK}; "
+                "then optimize it again"
+            )
         if current not in self._graphs:
             logger.info("%s was changed; capturing it again", self.class_name)
         if self._engine is not None:
@@ -328,7 +351,15 @@ class OptimizedModel:
             self.weights.detach()
 
     def count_fallback(self, reason: str) -> None:
-        """A generate() call goes to transformers' loop: count it, warn once per reason."""
+        """A generate() call goes to transformers' loop: count it, warn once per reason.
+
+        Raises: ReleasedWeightsError if that loop would find no weights.
+        """
+        if self.weights.released:
+            raise ReleasedWeightsError(
+                f"this call of generate() needs transformers' own loop ({reason}), which needs "
+                f"weights that were released (release_weights=True): {WAY_BACK}"
+            )
         self.fallbacks[reason] += 1
         if self.fallbacks[reason] == 1:
             logger.warning("%s.generate() runs transformers' loop: %s", self.class_name, reason)
@@ -349,6 +380,8 @@ class OptimizedModel:
             seconds=dict(self.seconds),
             fallbacks=dict(self.fallbacks),
             metrics=metrics,
+            released_bytes=self.weights.released.num_bytes,
+            kept=dict(self.weights.released.kept),
         )
 
 
@@ -392,6 +425,8 @@ def optimize(model: Model, config: Config | None = None, **fields: Any) -> Model
         optimized = OptimizedModel(inner, config)
         try:
             patch(cls, lookup)
+            if optimized.weights.released:
+                guard(cls)
         except BaseException:
             optimized.close()
             raise
@@ -460,6 +495,7 @@ def _clean_up(cls: type) -> None:
             models = list(_optimized.keys())
             if not any(type(model) is cls for model in models):
                 unpatch(cls)
+                unguard(cls)
             if not models and _step_hook is not None:
                 _step_hook.remove()
                 _step_hook = None

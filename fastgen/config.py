@@ -55,6 +55,9 @@ class Config:
             "full" every byte, "manual" nothing: then tell `fastgen.weights_changed(model)`.
         pack: Copies of the weights in the layout of the processor's GEMM, which is faster: "auto"
             makes them within a quarter of the free memory, True whatever it is, False never.
+        release_weights: Free each weight that was packed, which halves the memory (CPU, bf16).
+            The model generates and can be saved; its forward, training and moves raise
+            ReleasedWeightsError until `fastgen.restore(model)`. "auto" then packs everything.
         passes_off: Names of optional passes that are left out.
         graph_cache: Keep the rewritten graph on disk, in `FASTGEN_CACHE_DIR` or the user's cache
             folder, so that the next start of the same model does not trace it again.
@@ -69,6 +72,7 @@ class Config:
     prefix_cache: bool = True
     weight_check: str = "sampled"
     pack: bool | str = "auto"
+    release_weights: bool = False
     passes_off: tuple[str, ...] = ()
     graph_cache: bool = True
 
@@ -91,6 +95,12 @@ class Config:
             )
         if not isinstance(self.pack, bool) and self.pack != "auto":
             raise ValueError(f'pack must be True, False or "auto", got {self.pack!r}')
+        if not isinstance(self.release_weights, bool):
+            raise ValueError(f"release_weights must be a bool, got {self.release_weights!r}")
+        if self.release_weights and self.pack is False:
+            raise ValueError(
+                'release_weights=True needs packed weights: pack must be True or "auto", got False'
+            )
         if isinstance(self.passes_off, str):
             raise ValueError(f"passes_off must be a sequence of names, got {self.passes_off!r}")
         object.__setattr__(self, "passes_off", tuple(self.passes_off))

@@ -13,6 +13,10 @@ class NotOptimizedError(FastgenError, ValueError):
     """The call needs a model that went through `fastgen.optimize`."""
 
 
+class ReleasedWeightsError(FastgenError, RuntimeError):
+    """The call needs weights that `release_weights` freed; `fastgen.restore` brings them back."""
+
+
 class InvalidRequestError(FastgenError, ValueError):
     """A prompt or a sampling parameter is out of its range; nothing was run."""
 

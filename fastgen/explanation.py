@@ -27,6 +27,8 @@ class Explanation:
     seconds: dict[str, float]
     fallbacks: dict[str, int]
     metrics: EngineMetrics | None
+    released_bytes: int
+    kept: dict[str, tuple[int, str]]  # packed and not released: bytes, why
 
     def to_dict(self) -> dict[str, Any]:
         layers = [{**asdict(layer), "dtype": str(layer.dtype)} for layer in self.spec.layers]
@@ -42,6 +44,8 @@ class Explanation:
             "start_seconds": self.start_seconds(),
             "seconds": self.seconds,
             "fallbacks": self.fallbacks,
+            "released_bytes": self.released_bytes,
+            "kept": self.kept,
             "metrics": None if self.metrics is None else asdict(self.metrics),
         }
 
@@ -72,6 +76,13 @@ class Explanation:
             f"  weights       epoch {self.weight_epoch}, checked: {self.config.weight_check}; "
             f"{packed / 2**20:.1f} MiB of packed copies"
         )
+        if self.config.release_weights:
+            lines.append(
+                f"  released      {self.released_bytes / 2**20:.1f} MiB of weights, whose packed "
+                "copies are the only ones; fastgen.restore(model) unpacks them"
+            )
+        for name, (num_bytes, why) in self.kept.items():
+            lines.append(f"    kept        {name} ({num_bytes / 2**20:.1f} MiB): {why}")
         lines.append(f"  graph         {self.graph_source}")
         for title, seconds in (("start", self.start_seconds()), ("time", self.seconds)):
             if seconds:

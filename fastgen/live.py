@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from .checksum import checksums, words_of
-from .errors import UnsupportedModelError
+from .errors import ReleasedWeightsError, UnsupportedModelError
 from .kernels.packing import huge_pages, pack, packed_bytes, packed_shape
 from .passes import InputSpec, MergePlan
+from .released import WAY_BACK, ReleasedWeights, is_released, packed_of
 
 
 class Change(enum.Enum):
@@ -24,6 +25,9 @@ class Change(enum.Enum):
     NONE = "none"
     VALUES = "values"  # in place: whoever reads the memory sees them
     MEMORY = "memory"  # a weight is another tensor now, or lies elsewhere: lay out again
+
+
+_RELEASED = ()  # the memory of a released weight
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,17 @@ class _Watched:
 
 def memory_of(tensor: torch.Tensor) -> tuple:
     """Where a tensor's elements lie; changes when the tensor is moved, cast or reshaped."""
+    if is_released(tensor):
+        return _RELEASED
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def version_of(tensor: torch.Tensor) -> int | None:
     """torch's count of changes in place; None for a tensor made under inference_mode."""
-    return None if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:  # is_inference() forgets it where .data was set
+        return None
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,9 @@ class LiveWeights:
 
     def __init__(self, model: nn.Module, weight_check: str = "sampled") -> None:
         self.weight_check = weight_check
+        self.released = ReleasedWeights()
         self._model = weakref.ref(model)
+        self._plans: dict[str, MergePlan] = {}
         self._merged: dict[MergePlan, _Merged] = {}
         self._watched: list[_Watched] = []
         self._words: list[torch.Tensor] = []
@@ -96,25 +107,28 @@ class LiveWeights:
     def attach(self, plans: Iterable[MergePlan]) -> None:
         """Lay out these merged weights and no others, one at a time.
 
-        A plan that is laid out already, by the same parameters, stays as it is. After a failure
-        nothing is laid out.
+        A plan that is laid out already, by the same parameters, stays as it is, and so does one
+        whose parameters were released. After a failure nothing is laid out or released.
         """
         plans, model = tuple(plans), self._require_model()
+        self._plans = {plan.name: plan for plan in plans}
         self._forget()
         try:
             for plan in list(self._merged):
                 if plan not in plans or not self._in_place(plan):
                     _split(self._merged.pop(plan), _tensors_of(model))
             for plan in plans:
-                if plan not in self._merged:
+                released = is_released(model.get_parameter(plan.members[0]))
+                if plan not in self._merged and not released:
                     self._merged[plan] = _merge(model, plan)
         except BaseException:
             self.detach()
             raise
 
     def detach(self) -> None:
-        """Give every member parameter memory of its own again."""
+        """Give every member and every released parameter memory of its own again."""
         self._forget()
+        self.released.restore()
         while self._merged:
             _, merged = self._merged.popitem()
             _split(merged, _tensors_of(self._model()))
@@ -127,13 +141,18 @@ class LiveWeights:
             if not merged.residents():
                 del self._merged[plan]
 
-    def resolve(self, inputs: Iterable[InputSpec]) -> dict[InputSpec, torch.Tensor]:
+    def resolve(
+        self, inputs: Iterable[InputSpec], release: bool = False
+    ) -> dict[InputSpec, torch.Tensor]:
         """The tensor of each weight input, packed copies made anew; from now on they are watched.
 
+        Args:
+            release: Free what is packed, one by one, unless the inputs have it plain, too.
         Raises: UnsupportedModelError for a weight whose values cannot be watched.
         """
-        model = self._require_model()
-        found, watched, sources = {}, {}, {}
+        model, inputs = self._require_model(), tuple(inputs)
+        found, watched = {}, {}
+        to_pack: dict[InputSpec, dict[str, nn.Parameter]] = {}
         merged = {plan.name: merged.tensor for plan, merged in self._merged.items()}
         for spec in inputs:
             match spec.kind:
@@ -144,28 +163,63 @@ class LiveWeights:
                     found[spec] = watched[spec.target] = model.get_buffer(spec.target)
                 case "merged":
                     found[spec] = merged[spec.target]
-                case "packed" if spec.target in merged:
-                    sources[spec] = merged[spec.target]
                 case "packed":
-                    sources[spec] = watched[spec.target] = model.get_parameter(spec.target)
+                    members = self._members(spec.target)
+                    watched.update(members)
+                    packed = packed_of(next(iter(members.values())))
+                    if packed is None:
+                        to_pack[spec] = members
+                    else:
+                        found[spec] = packed
+        weights = {
+            spec: merged.get(spec.target, next(iter(members.values())))
+            for spec, members in to_pack.items()
+        }
+        self._make_room(weights)
+        for spec, members in to_pack.items():
+            found[spec] = pack(weights.pop(spec), spec.layout, self._packed.get(spec))
+            if release:
+                merged.pop(spec.target, None)
+                self._release(spec, members, found[spec], inputs)
         for plan in self._merged:
             watched.update((name, model.get_parameter(name)) for name in plan.members)
-        found.update(self._pack(sources))
         self._watch(watched)
         return found
 
-    def _pack(self, sources: dict[InputSpec, torch.Tensor]) -> dict[InputSpec, torch.Tensor]:
-        """Packed copies of weights, one after the other in one memory.
-
-        Copies that are there already are written anew where they are.
-        """
-        shapes = {spec: (weight.shape, weight.dtype) for spec, weight in sources.items()}
+    def _make_room(self, weights: dict[InputSpec, torch.Tensor]) -> None:
+        """Memory for packed copies, one after the other; what there is already serves again."""
+        shapes = {spec: weight.shape for spec, weight in weights.items()}
         if shapes != self._packed_shapes:
-            self._packed, self._packed_shapes = _room_for(sources), shapes
-        for spec, weight in sources.items():
-            assert spec.layout is not None
-            self._packed[spec] = pack(weight, spec.layout, self._packed.get(spec))
-        return self._packed
+            self._packed, self._packed_shapes = _room_for(weights), shapes
+
+    def _members(self, target: str) -> dict[str, nn.Parameter]:
+        """The parameters that a packed weight is made from, in its order."""
+        plan, model = self._plans.get(target), self._require_model()
+        names = (target,) if plan is None else plan.members
+        return {name: model.get_parameter(name) for name in names}
+
+    def _release(
+        self,
+        spec: InputSpec,
+        members: dict[str, nn.Parameter],
+        packed: torch.Tensor,
+        inputs: tuple[InputSpec, ...],
+    ) -> None:
+        """Free what was packed, if nothing else reads it."""
+        model, target = self._require_model(), spec.target
+        assert spec.layout is not None
+        plain = [model.get_parameter(spec.target) for spec in inputs if spec.kind == "parameter"]
+        read = {id(parameter) for parameter in plain} & {id(member) for member in members.values()}
+        if read or InputSpec("merged", target) in inputs:
+            self.released.keep(target, members, "the graph reads it plain, too, as an embedding")
+            return
+        everything: dict[str, torch.Tensor] = dict(model.named_buffers(remove_duplicate=False))
+        everything.update(model.named_parameters(remove_duplicate=False))
+        if (
+            self.released.release(target, members, packed, spec.layout, everything)
+            and target in self._plans
+        ):
+            del self._merged[self._plans[target]]
 
     def _watch(self, tensors: dict[str, torch.Tensor]) -> None:
         self._watched = [_Watched.of(name, tensor) for name, tensor in tensors.items()]
@@ -175,8 +229,8 @@ class LiveWeights:
         whole = {merged.tensor.data_ptr(): merged.tensor for merged in self._merged.values()}
         members = {name for plan in self._merged for name in plan.members}
         for name, tensor in tensors.items():
-            if name in members:
-                continue  # looked at as part of the merged weight
+            if name in members or is_released(tensor):
+                continue  # looked at as part of the merged weight, or cannot change
             if type(tensor) not in (torch.Tensor, nn.Parameter):
                 raise UnsupportedModelError(
                     f"{name} is a {type(tensor).__name__}, whose values cannot be watched; "
@@ -198,7 +252,10 @@ class LiveWeights:
 
         Args:
             look_at_values: Also compare checksums, as `weight_check` says.
+        Raises: ReleasedWeightsError if a released weight is another tensor now, or somebody wrote
+            into a copy of one, which is lost on the model.
         """
+        self.released.check_copies()
         change = Change.NONE
         modules = dict(self._require_model().named_modules(remove_duplicate=False))
         for watched in self._watched:
@@ -208,8 +265,14 @@ class LiveWeights:
                 or tensor is not watched.tensor()
                 or memory_of(tensor) != watched.memory
             ):
-                return Change.MEMORY
-            if version_of(tensor) != watched.version:
+                if watched.memory == _RELEASED:
+                    name = f"{watched.module}.{watched.attribute}"
+                    raise ReleasedWeightsError(
+                        f"{name} was released (release_weights=True) and is another tensor now: "
+                        f"{WAY_BACK}, all but this one"
+                    )
+                change = Change.MEMORY
+            elif change is Change.NONE and version_of(tensor) != watched.version:
                 change = Change.VALUES
         if change is Change.NONE and look_at_values and checksums(self._words) != self._sums:
             change = Change.VALUES

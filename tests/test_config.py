@@ -67,6 +67,7 @@ def test_config_defaults():
         "prefix_cache": True,
         "graph_cache": True,
         "pack": "auto",
+        "release_weights": False,
         "passes_off": (),
     }
 
