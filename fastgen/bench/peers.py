@@ -218,6 +218,9 @@ class Peer:
 @contextlib.contextmanager
 def saved(model: Any) -> Iterator[Path]:
     """A folder with a model's files, beside which a peer may keep what it makes of them."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     with tempfile.TemporaryDirectory(prefix="fastgen-bench-") as folder:
         path = Path(folder) / "model"
         model.save_pretrained(path)

@@ -38,7 +38,7 @@ def test_all_engines_make_the_same_tokens_of_a_workload(bench_model):
     assert [item.output_tokens for item in measured] == [512, 256, 512, 512]
     assert measured[0].prefix_hit_rate == pytest.approx(15 * 256 / (16 * 272 + 3), abs=0.01)
     assert all(item.seconds > 0 for item in measured)
-    assert fastgen.api.lookup(bench_model) is None, "peers must see the model restored"
+    assert fastgen.api.lookup(bench_model) is None, "transformers must see the model restored"
     assert bench_model.config._attn_implementation == "sdpa"
 
 

@@ -1,7 +1,7 @@
 """vLLM on the CPU, one engine in this process, speaking the protocol of serving.py.
 
-With a process for the engine and one for the worker, as vLLM's default is, the engine's process
-polls the worker's without rest and takes a core from it.
+vLLM's default is one process for the engine and one for the worker, with a core kept free for the
+first; in one process the worker has every core that was asked for.
 """
 
 import os
@@ -20,7 +20,6 @@ def settings(threads):
         "VLLM_CPU_KVCACHE_SPACE": "2",
         "VLLM_CPU_OMP_THREADS_BIND": bind,
         "OMP_NUM_THREADS": str(threads),
-        "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
     }
     libraries = Path(sys.prefix, "lib")
