@@ -97,7 +97,8 @@ def transformers_tokens(model: Any, prompts: list[list[int]], lengths: list[int]
     tokens = []
     for prompt, length in zip(prompts, lengths, strict=True):
         ids = torch.tensor([prompt], device=model.device)
-        out = model.generate(ids, max_new_tokens=length, do_sample=False)
+        mask = torch.ones_like(ids)  # without one, ids that equal the padding's are masked
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=length, do_sample=False)
         tokens.append(out[0, len(prompt) :].tolist())
     return tokens
 
@@ -115,8 +116,10 @@ def _engine_tokens(model: Any, prompts: list[list[int]], lengths: list[int]) -> 
 
 def _first_logits(model: Any, prompt: list[int]) -> torch.Tensor:
     """[1, vocab_size] fp32 logits after the prompt, through generate()."""
+    ids = torch.tensor([prompt], device=model.device)
     out = model.generate(
-        torch.tensor([prompt], device=model.device),
+        ids,
+        attention_mask=torch.ones_like(ids),
         max_new_tokens=1,
         do_sample=False,
         return_dict_in_generate=True,
