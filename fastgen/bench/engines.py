@@ -6,8 +6,8 @@ import contextlib
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -174,11 +174,11 @@ def _quiet() -> Iterator[None]:
 
 
 def engines_for(
-    model: Any, workload: Workload, block_size: int, peers: bool
+    model: Any, workload: Workload, block_size: int, transformers: bool
 ) -> list[Callable[[], Measurement]]:
-    """The engines that can run a workload. Peers see the model restored, fastgen optimised."""
+    """The engines of this process that can run a workload; transformers sees the model restored."""
     engines: list[Callable[[], Measurement]] = [lambda: run_fastgen(model, workload, block_size)]
-    if peers:
+    if transformers:
         engines.append(lambda: run_one_by_one(model, workload))
         if not workload.sequential:
             if len(workload.requests) > 1:
@@ -187,14 +187,21 @@ def engines_for(
     return engines
 
 
-def measure(engines: list[Callable[[], Measurement]], rounds: int) -> list[Measurement]:
-    """All engines in turn, round by round, with the peak of memory that each one took."""
-    from dataclasses import replace
+def measure(
+    engines: list[Callable[[], Measurement]],
+    rounds: int,
+    peers: Sequence[Callable[[], Measurement | None]] = (),
+) -> list[Measurement]:
+    """All engines in turn, round by round, with the peak of memory that each one took.
 
+    Args:
+        peers: Of other processes, which tell their own memory; None from one that has failed.
+    """
     measurements = []
     for _ in range(rounds):
         for engine in engines:
             reset_peak_rss()
             result = engine()
             measurements.append(replace(result, peak_rss_bytes=peak_rss_bytes()))
+        measurements += [result for peer in peers if (result := peer()) is not None]
     return measurements

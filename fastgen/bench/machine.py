@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_PROC = Path("/proc")
 
 
 def measure_machine(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
@@ -35,20 +36,34 @@ def measure_machine(device: torch.device, dtype: torch.dtype) -> dict[str, float
     }
 
 
-def reset_peak_rss() -> None:
+def reset_peak_rss(pid: int | str = "self") -> None:
     """Let `peak_rss_bytes` begin anew; without effect where the system cannot do that."""
     try:
-        _CLEAR.write_text("5")
+        (_PROC / str(pid) / "clear_refs").write_text("5")
     except OSError:
         pass
 
 
-def peak_rss_bytes() -> int | None:
-    """Largest resident set of this process since `reset_peak_rss`; None if nobody tells."""
+def peak_rss_bytes(pid: int | str = "self") -> int | None:
+    """Largest resident set of a process since `reset_peak_rss`; None if nobody tells."""
     try:
-        for line in _STATUS.read_text().splitlines():
+        for line in (_PROC / str(pid) / "status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
     return None
+
+
+def processes_of_group(group: int) -> dict[int, float]:
+    """Process ids of a process group, each with the CPU seconds that it has used so far."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    found = {}
+    for folder in _PROC.glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # it has just ended
+        if int(fields[2]) == group:
+            found[int(folder.name)] = (int(fields[11]) + int(fields[12])) / ticks
+    return found

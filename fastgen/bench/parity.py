@@ -58,14 +58,14 @@ def check_parity(model: Any, requests: Requests) -> Parity:
     lengths = [min(length, NEW_TOKENS) for _, length in chosen]
 
     exact = copy.deepcopy(model).float()
-    expected = _transformers_tokens(exact, prompts, lengths)
+    expected = transformers_tokens(exact, prompts, lengths)
     found = _engine_tokens(exact, prompts, lengths)
     if model.dtype == torch.float32:
         exact = exact.double()
     truth = _first_logits(exact, prompts[0])
     del exact
 
-    own_tokens = _transformers_tokens(model, prompts, lengths)
+    own_tokens = transformers_tokens(model, prompts, lengths)
     own_logits = _first_logits(model, prompts[0])
     tokens = _engine_tokens(model, prompts, lengths)
     api.optimize(model)
@@ -92,11 +92,13 @@ def check_parity(model: Any, requests: Requests) -> Parity:
     )
 
 
-def _transformers_tokens(model: Any, prompts: list[list[int]], lengths: list[int]) -> list:
+def transformers_tokens(model: Any, prompts: list[list[int]], lengths: list[int]) -> list:
+    """Greedy tokens of each prompt, one after the other."""
     tokens = []
     for prompt, length in zip(prompts, lengths, strict=True):
         ids = torch.tensor([prompt], device=model.device)
-        out = model.generate(ids, max_new_tokens=length, do_sample=False)
+        mask = torch.ones_like(ids)  # without one, ids that equal the padding's are masked
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=length, do_sample=False)
         tokens.append(out[0, len(prompt) :].tolist())
     return tokens
 
@@ -114,8 +116,10 @@ def _engine_tokens(model: Any, prompts: list[list[int]], lengths: list[int]) -> 
 
 def _first_logits(model: Any, prompt: list[int]) -> torch.Tensor:
     """[1, vocab_size] fp32 logits after the prompt, through generate()."""
+    ids = torch.tensor([prompt], device=model.device)
     out = model.generate(
-        torch.tensor([prompt], device=model.device),
+        ids,
+        attention_mask=torch.ones_like(ids),
         max_new_tokens=1,
         do_sample=False,
         return_dict_in_generate=True,

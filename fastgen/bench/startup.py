@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from .fresh import run_fresh
 from .machine import peak_rss_bytes, reset_peak_rss
 
 ENGINES = ("fastgen", "transformers")
@@ -55,14 +53,5 @@ def measure_here(engine: str, model: Any) -> Startup:
 
 
 def measure_fresh(engine: str, arguments: list[str]) -> Startup:
-    """Start this command again for one engine and read what it prints.
-
-    Raises: ValueError with the child's own words if it fails.
-    """
-    command = [sys.executable, "-m", "fastgen.cli.main", "bench", *arguments]
-    child = subprocess.run(
-        [*command, "--startup-child", engine], capture_output=True, text=True, check=False
-    )
-    if child.returncode:
-        raise ValueError(f"the start-up of {engine} failed: {child.stderr.strip()}")
-    return Startup(**json.loads(child.stdout.splitlines()[-1]))
+    """One engine in a fresh process. Raises: ValueError with the child's own words if it fails."""
+    return Startup(**run_fresh(f"the start-up of {engine}", [*arguments, "--child", engine]))

@@ -7,6 +7,7 @@ and stops if they differ. Engines then take turns, round by round; the table sho
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import statistics
@@ -18,8 +19,9 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..bench import startup
+from ..bench import peers, startup
 from ..bench.engines import Measurement, engines_for, measure
+from ..bench.fresh import run_fresh
 from ..bench.machine import measure_machine
 from ..bench.parity import check_parity
 from ..bench.plot import plot_bars
@@ -48,11 +50,20 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--block-size", type=int, default=16, help="16, 32 or 64; default: 16")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-peers", action="store_true", help="measure fastgen alone")
+    parser.add_argument("--no-transformers", action="store_true", help="leave transformers out")
+    parser.add_argument(
+        "--peer",
+        metavar="NAME=PYTHON",
+        action="append",
+        default=[],
+        help=f"another engine and the python it is installed for: {', '.join(peers.DRIVERS)}",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="write the JSON to a file too")
     parser.add_argument(
         "--plot", metavar="FILE", type=Path, help="draw bars (needs matplotlib), e.g. bench.png"
     )
-    parser.add_argument("--startup-child", choices=startup.ENGINES, help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=("parity", *startup.ENGINES), help=argparse.SUPPRESS)
     parser.set_defaults(run=run)
 
 
@@ -61,14 +72,14 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--rounds must be at least 1, got {arguments.rounds}")
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    if arguments.workload == "startup" and arguments.startup_child is None:
-        result = run_startup(arguments)
-    else:
-        model = make_model(arguments)
-        if arguments.startup_child is not None:
-            print(json.dumps(asdict(startup.measure_here(arguments.startup_child, model))))
-            return 0
-        result = run_workload(model, arguments)
+    if arguments.child is not None:
+        print(json.dumps(run_child(arguments)))
+        return 0
+    if arguments.peer and torch.device(arguments.device).type != "cpu":
+        raise ValueError(f"--peer measures on the CPU, got --device {arguments.device}")
+    result = run_startup(arguments) if arguments.workload == "startup" else run_workload(arguments)
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
     if arguments.json:
         print(json.dumps(result, indent=2))
     elif arguments.workload == "startup":
@@ -90,20 +101,51 @@ def make_model(arguments: argparse.Namespace) -> Any:
     return model
 
 
-def run_workload(model: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+def workload_for(model: Any, arguments: argparse.Namespace) -> Workload:
     limit = model.config.max_position_embeddings
-    workload = make_workload(arguments.workload, model.config.vocab_size, limit, arguments.seed)
-    parity = check_parity(model, workload.requests)
+    return make_workload(arguments.workload, model.config.vocab_size, limit, arguments.seed)
+
+
+def run_child(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a fresh process of bench does for the one that started it."""
+    model = make_model(arguments)
+    if arguments.child == "parity":
+        return check_parity(model, workload_for(model, arguments).requests).to_dict()
+    return asdict(startup.measure_here(arguments.child, model))
+
+
+def child_arguments(arguments: argparse.Namespace) -> list[str]:
+    given = ["--dtype", arguments.dtype, "--device", arguments.device]
+    given += ["--shape", arguments.shape] if arguments.shape else ["--model", str(arguments.model)]
+    given += ["--threads", str(torch.get_num_threads()), "--seed", str(arguments.seed)]
+    return given
+
+
+def chosen_peers(arguments: argparse.Namespace) -> list[tuple[str, str]]:
+    return [] if arguments.no_peers else [peers.parse_peer(text) for text in arguments.peer]
+
+
+def run_workload(arguments: argparse.Namespace) -> dict[str, Any]:
+    chosen = chosen_peers(arguments)
+    gate = [*child_arguments(arguments), "--workload", arguments.workload, "--child", "parity"]
+    parity = run_fresh("the parity check", gate)  # its models must not count as an engine's memory
+    model = make_model(arguments)
+    workload = workload_for(model, arguments)
     result: dict[str, Any] = {
         "setting": setting(arguments, workload),
-        "parity": parity.to_dict(),
+        "parity": parity,
         "machine": measure_machine(model.device, model.dtype),
     }
-    if not parity.passed:
+    if not parity["passed"]:
         print(json.dumps(result, indent=2))
         raise ValueError("the parity gate failed: tokens or logits differ from transformers'")
-    engines = engines_for(model, workload, arguments.block_size, not arguments.no_peers)
-    result["engines"] = summarize(measure(engines, arguments.rounds))
+    transformers = not (arguments.no_peers or arguments.no_transformers)
+    engines = engines_for(model, workload, arguments.block_size, transformers)
+    threads = torch.get_num_threads()
+    with peers.loaded(chosen, model, arguments.dtype, workload, threads) as loaded:
+        turns = [functools.partial(peer.turn, workload) for peer in loaded]
+        result["engines"] = summarize(measure(engines, arguments.rounds, turns))
+    result["peers"] = peers.reports(loaded, model, workload)
     result["shares"] = shares(model, result)
     result["waste"] = block_waste(workload) if arguments.workload == "mixed" else {}
     return result
@@ -111,18 +153,23 @@ def run_workload(model: Any, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def run_startup(arguments: argparse.Namespace) -> dict[str, Any]:
     """Each engine in fresh processes, in turn; medians."""
-    given = ["--dtype", arguments.dtype, "--device", arguments.device]
-    given += ["--shape", arguments.shape] if arguments.shape else ["--model", str(arguments.model)]
-    given += ["--threads", str(torch.get_num_threads()), "--seed", str(arguments.seed)]
-    names = startup.ENGINES[:1] if arguments.no_peers else startup.ENGINES
+    chosen, given = chosen_peers(arguments), child_arguments(arguments)
+    alone = arguments.no_peers or arguments.no_transformers
+    names = startup.ENGINES[:1] if alone else startup.ENGINES
     rounds = [startup.measure_fresh(name, given) for _ in range(arguments.rounds) for name in names]
-    rows = []
-    for name in names:
+    others, reports = [], []
+    if chosen:
+        with peers.saved(make_model(arguments)) as path:
+            others, reports = peers.measure_startup(
+                chosen, path, arguments.dtype, torch.get_num_threads(), arguments.rounds
+            )
+    rows, rounds = [], rounds + others
+    for name in dict.fromkeys(item.engine for item in rounds):
         items = sorted((item for item in rounds if item.engine == name), key=lambda i: i.total_s)
         middle = items[len(items) // 2]
         all_s = [item.total_s for item in items]
         rows.append({**asdict(middle), "total_s": middle.total_s, "all_total_s": all_s})
-    return {"setting": setting(arguments, None), "engines": rows}
+    return {"setting": setting(arguments, None), "engines": rows, "peers": reports}
 
 
 def setting(arguments: argparse.Namespace, workload: Workload | None) -> dict[str, Any]:
@@ -215,7 +262,12 @@ def show(result: dict[str, Any]) -> None:
             "" if row["tpot_ms"] is None else f"{row['tpot_ms']:.1f}",
             mebibytes(row["peak_rss_bytes"]),
         )
+    for peer in result["peers"]:
+        if peer["failure"] is not None:
+            table.add_row(peer["name"], "failed")
     console.print(table)
+    for peer in result["peers"]:
+        console.print(peers.describe(peer))
     share = result["shares"]
     console.print(
         f"machine: reads {machine['read_gb_per_s']:.1f} GB/s, GEMM "
@@ -241,7 +293,12 @@ def show_startup(result: dict[str, Any]) -> None:
         times = [row[name] for name in ("prepare_s", "first_token_s", "total_s", "second_token_s")]
         cells = [f"{seconds:.2f}" for seconds in times]
         table.add_row(row["engine"], *cells, mebibytes(row["peak_rss_bytes"]))
+    for peer in result["peers"]:
+        if peer["failure"] is not None:
+            table.add_row(peer["name"], "failed")
     console.print(table)
+    for peer in result["peers"]:
+        console.print(peers.describe(peer))
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

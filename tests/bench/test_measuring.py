@@ -11,6 +11,7 @@ from tiny_models import tiny_model
 
 import fastgen
 from fastgen.bench import engines, machine, startup
+from fastgen.bench.parity import check_parity
 from fastgen.bench.plot import plot_bars
 from fastgen.bench.workloads import Workload, make_workload
 
@@ -38,7 +39,7 @@ def test_all_engines_make_the_same_tokens_of_a_workload(bench_model):
     assert [item.output_tokens for item in measured] == [512, 256, 512, 512]
     assert measured[0].prefix_hit_rate == pytest.approx(15 * 256 / (16 * 272 + 3), abs=0.01)
     assert all(item.seconds > 0 for item in measured)
-    assert fastgen.api.lookup(bench_model) is None, "peers must see the model restored"
+    assert fastgen.api.lookup(bench_model) is None, "transformers must see the model restored"
     assert bench_model.config._attn_implementation == "sdpa"
 
 
@@ -49,6 +50,12 @@ def test_sequential_requests_are_timed_one_by_one(bench_model):
     for item in measured:
         assert item.all_ttft_ms is not None
         assert len(item.all_ttft_ms) == 2
+
+
+def test_a_prompt_may_hold_the_padding_token(bench_model):
+    """generate() masks it where it is given no mask; the engine has nothing to mask."""
+    assert bench_model.generation_config.pad_token_id == 0
+    assert check_parity(bench_model, [([0, 5, 0, 0, 9, 0, 3, 8] * 4, 8)]).fp32_equal
 
 
 def test_peak_memory_begins_anew():
