@@ -23,8 +23,10 @@ from ..bench.engines import Measurement, engines_for, measure
 from ..bench.machine import measure_machine
 from ..bench.parity import check_parity
 from ..bench.plot import plot_bars
+from ..bench.profile import profile_workload
 from ..bench.workloads import WORKLOADS, Workload, block_waste, make_workload
 from .models import DTYPES, SHAPES, load_model, random_model
+from .profile_table import plot_profile, show_profile
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -48,6 +50,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--block-size", type=int, default=16, help="16, 32 or 64; default: 16")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-peers", action="store_true", help="measure fastgen alone")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="show where the time of fastgen's steps goes instead; without parity gate and peers",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
         "--plot", metavar="FILE", type=Path, help="draw bars (needs matplotlib), e.g. bench.png"
@@ -61,6 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--rounds must be at least 1, got {arguments.rounds}")
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
+    if arguments.profile:
+        return run_profile(arguments)
     if arguments.workload == "startup" and arguments.startup_child is None:
         result = run_startup(arguments)
     else:
@@ -107,6 +116,26 @@ def run_workload(model: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     result["shares"] = shares(model, result)
     result["waste"] = block_waste(workload) if arguments.workload == "mixed" else {}
     return result
+
+
+def run_profile(arguments: argparse.Namespace) -> int:
+    if arguments.workload == "startup":
+        raise ValueError("--profile needs a workload of requests, got startup")
+    model = make_model(arguments)
+    limit = model.config.max_position_embeddings
+    workload = make_workload(arguments.workload, model.config.vocab_size, limit, arguments.seed)
+    where = setting(arguments, workload)
+    profile = profile_workload(model, workload, arguments.block_size, arguments.rounds)
+    result = {"setting": where, **profile}
+    heading = f"{describe(where)}\n{versions(where)}"
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+    else:
+        show_profile(result, heading)
+    if arguments.plot is not None:
+        plot_profile(result, heading, arguments.plot)
+        print(f"drawn in {arguments.plot}", file=sys.stderr)
+    return 0
 
 
 def run_startup(arguments: argparse.Namespace) -> dict[str, Any]:
