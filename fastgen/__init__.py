@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         RequestOutput,
         TokenEvent,
     )
+    from .planning import Plan, plan
 
 # Where each public name lives; imported at first use, so that `import fastgen` costs nothing.
 _HOMES = {
@@ -51,6 +52,7 @@ _HOMES = {
         "RequestOutput",
         "TokenEvent",
     ),
+    "planning": ("Plan", "plan"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -60,6 +62,7 @@ __all__ = [  # noqa: RUF022 - in the order of a reader's interest
     "explain",
     "release_cache",
     "weights_changed",
+    "plan",
     "Engine",
     "Config",
     "SamplingParams",
@@ -69,6 +72,7 @@ __all__ = [  # noqa: RUF022 - in the order of a reader's interest
     "TokenEvent",
     "RequestMetrics",
     "EngineMetrics",
+    "Plan",
     "FastgenError",
     "UnsupportedModelError",
     "NotOptimizedError",

@@ -75,7 +75,14 @@ class Cost:
 
     def floor_s(self, read_gb_per_s: float, tflop_per_s: float) -> float:
         """Seconds that streaming, or computing, needs at least, whichever is more."""
-        return max(self.streamed_bytes / read_gb_per_s / 1e9, self.flops / tflop_per_s / 1e12)
+        return max(self._limits_s(read_gb_per_s, tflop_per_s))
+
+    def bound_by(self, read_gb_per_s: float, tflop_per_s: float) -> str:
+        reading, computing = self._limits_s(read_gb_per_s, tflop_per_s)
+        return "compute" if computing > reading else "bandwidth"
+
+    def _limits_s(self, read_gb_per_s: float, tflop_per_s: float) -> tuple[float, float]:
+        return self.streamed_bytes / read_gb_per_s / 1e9, self.flops / tflop_per_s / 1e12
 
 
 class Sizes:
@@ -143,11 +150,18 @@ def node_cost(op: str, node: fx.Node, sizes: Sizes) -> Cost:
     results = 1
     for size in sizes.shape(node):
         results *= size
+    if not results:  # of no rows: nothing is read
+        return Cost()
     streamed = sizes.nbytes(right)
     if op == _GROUPED:
         num_experts = sizes.shape(right)[0]
         streamed = streamed // num_experts * min(num_experts, rows_and_inner[0])
     return Cost(2 * results * rows_and_inner[-1], streamed, sizes.nbytes(left) + sizes.nbytes(node))
+
+
+def product_weight(op: str, node: fx.Node) -> fx.Node | None:
+    """The second operand of a product."""
+    return node.args[_PRODUCTS[op][1]] if op in _PRODUCTS else None  # pyright: ignore
 
 
 def _attention_cost(node: fx.Node, sizes: Sizes) -> Cost:

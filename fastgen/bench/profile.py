@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +32,7 @@ from .workloads import Workload
 KERNELS = ("GEMM", "attention", "other kernels")
 # What a step's time is divided into, in the order it is shown. Python: the graph's own, between its
 # nodes; delivery: tokens to their requests, and what was posted to the engine.
-PARTS = (
+PARTS: tuple[str, ...] = (
     *KERNELS,
     "sampling",
     "host: scheduling",
@@ -279,12 +279,12 @@ def _summary(
     names = {"GEMM": "GEMM", "attention": "attention", "other": "other kernels"}
     kinds = [names[kind_of(op)] for op in watched.ops]
     parts = dict.fromkeys(PARTS, 0.0)
-    ops: Counter[str] = Counter()
+    ops: defaultdict[str, float] = defaultdict(float)
     costs = {"GEMM": Cost(), "attention": Cost()}
     for record in records:
         for kind, op, spent in zip(kinds, watched.ops, record.nodes, strict=True):
             parts[kind] += spent
-            ops[op] += spent  # pyright: ignore - seconds
+            ops[op] += spent
         for kind, cost in zip(kinds, watched.costs(record.step), strict=True):
             if kind in costs:
                 costs[kind] += cost
@@ -301,7 +301,7 @@ def _summary(
         "seconds": sum(record.total_s for record in records),
         "parts": parts,
         "roofline": {kind: roofline(cost, parts[kind], machine) for kind, cost in costs.items()},
-        "ops": dict(ops.most_common()),
+        "ops": dict(sorted(ops.items(), key=lambda item: -item[1])),
     }
 
 

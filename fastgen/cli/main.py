@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from .._version import __version__
 from ..errors import FastgenError
-from . import bench, demo, explain, generate
+from . import bench, demo, explain, generate, plan
 
-COMMANDS = (demo, generate, explain, bench)
+COMMANDS = (demo, generate, explain, bench, plan)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -39,7 +39,7 @@ def _parts_table(kinds: dict[str, Any]) -> Any:
     table.add_column("part", no_wrap=True)
     for kind, row in kinds.items():
         table.add_column(
-            f"{_TITLES[kind]}\n{row['steps']} of {row['tokens']} tokens", justify="right"
+            f"{_TITLES[kind]}\n{row['steps']} steps\n{row['tokens']} tokens", justify="right"
         )
     parts = list(kinds["workload"]["parts"])
     for part in (*parts, "together"):
@@ -67,7 +67,7 @@ def _roofline_table(kinds: dict[str, Any]) -> Any:
             line = row["roofline"][op]
             table.add_row(
                 op,
-                _TITLES[kind],
+                kind,
                 f"{line['flops_per_byte']:.1f}",
                 f"{line['gflop_per_s']:.1f}",
                 f"{line['compute_share']:.0%}",
