@@ -27,7 +27,8 @@ from .passes import InputSpec
 
 ATTENTION = "fastgen::paged_attention"
 _WINDOW_ARGUMENT = 10  # of paged_attention
-_GROUPED = "aten::_grouped_mm"
+# Products of each row with the weight of its expert; transformers' own where torch has none.
+_GROUPED = ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
 
 # Products, and where their two operands stand among the arguments.
 _PRODUCTS = {
@@ -38,8 +39,10 @@ _PRODUCTS = {
     "aten::bmm": (0, 1),
     "aten::addmm": (1, 2),
     "aten::baddbmm": (1, 2),
-    _GROUPED: (0, 1),
+    **dict.fromkeys(_GROUPED, (0, 1)),
 }
+# Ops that read a matrix without a product: rows of it, or element by element.
+_READERS = ("aten::embedding", "aten::index", "aten::index_select", "aten::mul", "aten::add")
 
 
 @dataclass(frozen=True)
@@ -153,10 +156,15 @@ def node_cost(op: str, node: fx.Node, sizes: Sizes) -> Cost:
     if not results:  # of no rows: nothing is read
         return Cost()
     streamed = sizes.nbytes(right)
-    if op == _GROUPED:
+    if op in _GROUPED:
         num_experts = sizes.shape(right)[0]
         streamed = streamed // num_experts * min(num_experts, rows_and_inner[0])
     return Cost(2 * results * rows_and_inner[-1], streamed, sizes.nbytes(left) + sizes.nbytes(node))
+
+
+def may_read_matrix(op: str) -> bool:
+    """Whether what this op does with a matrix is known: a product, or nothing that is counted."""
+    return op in _PRODUCTS or op in _READERS
 
 
 def product_weight(op: str, node: fx.Node) -> fx.Node | None:

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from .capture import capture
+from .capture import capture, check_model
 from .config import Config, check_float, check_int
-from .costs import Cost, Sizes, Step, node_cost, op_name, product_weight
+from .costs import Cost, Sizes, Step, may_read_matrix, node_cost, op_name, product_weight
 from .engine.kv_cache import block_bytes
 from .errors import UnsupportedModelError
 from .passes import CacheSpec, CapturedGraph, run_passes
@@ -218,7 +218,7 @@ def plan(
     block_size: int = Config.block_size,
     pack: bool | str = "auto",
     device: Device | None = None,
-    prompt_tokens: int = 512,
+    prompt_tokens: int | None = None,
     batch: int = 1,
     context_tokens: int | None = None,
 ) -> Plan:
@@ -231,8 +231,8 @@ def plan(
         max_model_len, max_num_seqs, max_num_batched_tokens, block_size, pack: As in `Config`; for
             "auto" a quarter of memory_bytes less the weights may be packed copies.
         device: For the floors of TTFT and TPOT, and whether it packs weights (a CPU does).
-        prompt_tokens, batch, context_tokens: What the floors are asked for; a context is as long
-            as the prompt if nothing else is said.
+        prompt_tokens, batch, context_tokens: What the floors are asked for. None: a prompt of
+            512 tokens, or of max_model_len if that is less; contexts as long as the prompt.
     Raises: UnsupportedModelError, naming what capture does not understand or why a plan from the
         configuration would be wrong; OSError for a folder without a configuration; ValueError.
     """
@@ -252,6 +252,7 @@ def plan(
     length = _max_model_len(model, settings)
     if memory_bytes is not None:
         check_int("memory_bytes", memory_bytes, 1, 1 << 60)
+    prompt_tokens = min(512, length) if prompt_tokens is None else prompt_tokens
     context = prompt_tokens if context_tokens is None else context_tokens
     for name, value in (("prompt_tokens", prompt_tokens), ("context_tokens", context)):
         check_int(name, value, 1, length)
@@ -331,6 +332,7 @@ def _meta_model(config: Any, dtype: torch.dtype | None) -> Any:
             raise UnsupportedModelError(
                 f"no causal LM can be made of a {type(config).__name__}: {error}"
             ) from error
+    check_model(model, shapes_only=True)
     return model.eval()
 
 
@@ -363,6 +365,25 @@ class _Steps:
         self.graph = graph
         calls = [node for node in graph.graph.nodes if node.op == "call_function"]
         self.calls = [(op_name(node, {}), node) for node in calls]
+        self._check_readers()
+
+    def _check_readers(self) -> None:
+        """Refuse an op over a weight matrix whose cost is not known: a plan would leave it out."""
+        matrices = {
+            memory_of(node): spec.target
+            for node, spec in zip(
+                self.graph.placeholders(), self.graph.inputs.values(), strict=True
+            )
+            if spec.kind in ("parameter", "merged") and node.meta["val"].dim() > 1
+        }
+        for op, node in self.calls:
+            if may_read_matrix(op) or memory_of(node) in matrices:  # the latter is a view
+                continue
+            for used in node.all_input_nodes:
+                if (name := matrices.get(memory_of(used))) is not None:
+                    raise UnsupportedModelError(
+                        f"{op} reads {name}, and what that costs is not known"
+                    )
 
     def _sizes(self, step: Step) -> Sizes:
         return Sizes(self.graph.placeholders(), list(self.graph.inputs.values()), step)

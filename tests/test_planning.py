@@ -9,6 +9,7 @@ from tiny_models import FAMILIES, VOCAB, WINDOW, prompts, tiny_model
 from torch import fx
 
 import fastgen
+from fastgen import costs
 from fastgen.cli.models import demo_model_dir
 from fastgen.engine.kv_cache import block_bytes
 from fastgen.planning import DEVICES, Device
@@ -53,23 +54,21 @@ class _Peak(fx.Interpreter):
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.peak = 0
+        self.inputs: set[int] = set()
 
     def run_node(self, n: fx.Node):
         result = super().run_node(n)
-        held = {**self.env, n: result}
-        storages = {}
-        for node, value in held.items():
+        if n.op == "placeholder":
+            self.inputs.add(result.untyped_storage().data_ptr())
+            return result
+        held = {}
+        for value in (*self.env.values(), result):
             for each in value if isinstance(value, tuple) else (value,):
                 if isinstance(each, torch.Tensor):
-                    storages.setdefault(each.untyped_storage().data_ptr(), []).append((node, each))
-        self.peak = max(
-            self.peak,
-            sum(
-                pairs[0][1].untyped_storage().nbytes()
-                for pairs in storages.values()
-                if all(node.op == "call_function" for node, _ in pairs)
-            ),
-        )
+                    storage = each.untyped_storage()
+                    held[storage.data_ptr()] = storage.nbytes()
+        now = sum(nbytes for pointer, nbytes in held.items() if pointer not in self.inputs)
+        self.peak = max(self.peak, now)
         return result
 
 
@@ -229,6 +228,12 @@ def test_what_cannot_be_planned_is_refused_by_name(make, message):
 def test_bad_fields_are_told(config, fields, error, message):
     with pytest.raises(error, match=message):
         fastgen.plan(config, dtype=torch.float32, **fields)
+
+
+def test_an_unknown_product_is_refused(config, monkeypatch):
+    monkeypatch.delitem(costs._PRODUCTS, "aten::linear")
+    with pytest.raises(fastgen.UnsupportedModelError, match="linear reads .*weight, and what that"):
+        fastgen.plan(config)
 
 
 def test_a_folder_without_a_config_is_told(tmp_path):

@@ -36,7 +36,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         option = "--" + name.replace("_", "-")
         parser.add_argument(option, type=int, default=default, help=f"default: {default}")
     parser.add_argument("--no-pack", action="store_true", help="no packed copies of weights")
-    parser.add_argument("--prompt", type=int, default=512, help="tokens for TTFT; default: 512")
+    parser.add_argument("--prompt", type=int, help="tokens for TTFT; default: at most 512")
     parser.add_argument("--batch", type=int, default=1, help="sequences for TPOT; default: 1")
     parser.add_argument("--context", type=int, help="tokens in each of them; default: --prompt")
     parser.add_argument(
