@@ -365,25 +365,33 @@ class _Steps:
         self.graph = graph
         calls = [node for node in graph.graph.nodes if node.op == "call_function"]
         self.calls = [(op_name(node, {}), node) for node in calls]
-        self._check_readers()
+        self.matrices = self._matrices()
 
-    def _check_readers(self) -> None:
-        """Refuse an op over a weight matrix whose cost is not known: a plan would leave it out."""
+    def _matrices(self) -> dict[int | None, tuple[str, int]]:
+        """Memory -> (name, elements) of the weight matrices, and of what they are cast to.
+
+        Raises: UnsupportedModelError for an op over one whose cost is not known: it would be left
+            out of the plan.
+        """
         matrices = {
-            memory_of(node): spec.target
+            memory_of(node): (spec.target, node.meta["val"].numel())
             for node, spec in zip(
                 self.graph.placeholders(), self.graph.inputs.values(), strict=True
             )
             if spec.kind in ("parameter", "merged") and node.meta["val"].dim() > 1
         }
         for op, node in self.calls:
-            if may_read_matrix(op) or memory_of(node) in matrices:  # the latter is a view
-                continue
             for used in node.all_input_nodes:
-                if (name := matrices.get(memory_of(used))) is not None:
+                if may_read_matrix(op) or memory_of(used) not in matrices:
+                    continue
+                if op == "aten::to":
+                    matrices[memory_of(node)] = matrices[memory_of(used)]
+                elif memory_of(node) not in matrices:  # else it is a view
                     raise UnsupportedModelError(
-                        f"{op} reads {name}, and what that costs is not known"
+                        f"{op} reads {matrices[memory_of(used)][0]}, and what that costs is not "
+                        "known"
                     )
+        return matrices
 
     def _sizes(self, step: Step) -> Sizes:
         return Sizes(self.graph.placeholders(), list(self.graph.inputs.values()), step)
@@ -456,15 +464,9 @@ def _weights(
 
 def _matmul_parameters(steps: _Steps) -> int:
     """Elements of the weights that products read, each weight once."""
-    graph = steps.graph
-    weights = {
-        memory_of(node): node.meta["val"].numel()
-        for node in graph.placeholders()
-        if graph.inputs[node.name].kind in ("parameter", "merged")
-    }
     operands = (product_weight(op, node) for op, node in steps.calls)
-    read = {memory_of(operand) for operand in operands if operand is not None}
-    return sum(count for memory, count in weights.items() if memory in read)
+    memories = (memory_of(operand) for operand in operands if operand is not None)
+    return sum(dict(steps.matrices[m] for m in memories if m in steps.matrices).values())
 
 
 def _packed_bytes(graph: CapturedGraph, pack: bool | str, left: int | None) -> int:
