@@ -232,9 +232,7 @@ def test_bad_fields_are_told(config, fields, error, message):
 
 def test_an_unknown_product_is_refused(config, monkeypatch):
     monkeypatch.delitem(costs._PRODUCTS, "aten::linear")
-    with pytest.raises(
-        fastgen.UnsupportedModelError, match=r"linear reads .*, and what that"
-    ):
+    with pytest.raises(fastgen.UnsupportedModelError, match=r"linear reads .*, and what that"):
         fastgen.plan(config)
 
 

@@ -30,8 +30,8 @@ from .machine import measure_machine
 from .workloads import Workload
 
 KERNELS = ("GEMM", "attention", "other kernels")
-# What a step's time is divided into, in the order it is shown. Python: the graph's own, between its
-# nodes; delivery: tokens to their requests, and what was posted to the engine.
+# What a step's time is divided into, in the order it is shown. Python: the graph's own between its
+# nodes, with the freeing of values; delivery: tokens to requests, and what is posted to the engine.
 PARTS: tuple[str, ...] = (
     *KERNELS,
     "sampling",

@@ -59,7 +59,7 @@ def _roofline_table(kinds: dict[str, Any]) -> Any:
     from rich.table import Table
 
     table = Table(caption="FLOPs and bytes by formula; shares are of the machine's limits")
-    for name in ("roofline", "in", "FLOP/byte", "GFLOP/s", "share", "GB/s", "share", "bound by"):
+    for name in ("roofline", "in", "FLOP/B", "GFLOP/s", "share", "GB/s", "share", "bound by"):
         left = name in ("roofline", "in", "bound by")
         table.add_column(name, justify="left" if left else "right", no_wrap=True)
     for op in ("GEMM", "attention"):
