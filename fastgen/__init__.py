@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         RequestOutput,
         TokenEvent,
     )
+    from .planning import Plan, plan
 
 # Where each public name lives; imported at first use, so that `import fastgen` costs nothing.
 _HOMES = {
@@ -53,6 +54,7 @@ _HOMES = {
         "RequestOutput",
         "TokenEvent",
     ),
+    "planning": ("Plan", "plan"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -62,6 +64,7 @@ __all__ = [  # noqa: RUF022 - in the order of a reader's interest
     "explain",
     "release_cache",
     "weights_changed",
+    "plan",
     "Engine",
     "Config",
     "SamplingParams",
@@ -71,6 +74,7 @@ __all__ = [  # noqa: RUF022 - in the order of a reader's interest
     "TokenEvent",
     "RequestMetrics",
     "EngineMetrics",
+    "Plan",
     "FastgenError",
     "UnsupportedModelError",
     "NotOptimizedError",

@@ -188,8 +188,11 @@ class _PackedForward(nn.Module):
         return output.logits.squeeze(0)
 
 
-def check_model(model: Any) -> None:
-    """Raise UnsupportedModelError unless `model` is a decoder-only LM on one real device."""
+def check_model(model: Any, *, shapes_only: bool = False) -> None:
+    """Raise UnsupportedModelError unless `model` is a decoder-only LM on one real device.
+
+    shapes_only: it may be on the meta device.
+    """
     from transformers import PreTrainedModel
 
     name = type(model).__name__
@@ -202,7 +205,7 @@ def check_model(model: Any) -> None:
     if not model.can_generate():
         raise UnsupportedModelError(f"{name} has no language modelling head to generate with")
     devices = Counter(parameter.device for parameter in model.parameters())
-    if any(device.type == "meta" for device in devices):
+    if not shapes_only and any(device.type == "meta" for device in devices):
         raise UnsupportedModelError(
             f"{name} has {devices[torch.device('meta')]} parameters on the meta device (offloaded "
             "or not loaded); load all of them into memory first"
@@ -255,20 +258,22 @@ def _check_rope(model: nn.Module) -> None:
                 )
 
 
-def capture(model: Any) -> CapturedGraph:
+def capture(model: Any, *, shapes_only: bool = False) -> CapturedGraph:
     """Trace a model's forward over packed tokens into one graph.
 
     The model is not touched: what is traced is a copy of its modules over the same parameters.
-    The graph is run twice on 8 tokens, to see that nothing but attention joins tokens.
+    The graph is run twice on 8 tokens, to see that nothing but attention joins tokens; not with
+    shapes_only, for a model on the meta device, whose graph can be looked at and never run.
 
     Raises: UnsupportedModelError, naming what is not understood.
     """
-    check_model(model)
+    check_model(model, shapes_only=shapes_only)
+    autocast_device = "cpu" if shapes_only else _device(model).type  # there is none for meta
     with (
         _capture_lock,
         torch.inference_mode(False),
         torch.no_grad(),
-        torch.autocast(_device(model).type, enabled=False),
+        torch.autocast(autocast_device, enabled=False),
     ):
         _register()
         program = _export(model)
@@ -277,9 +282,10 @@ def capture(model: Any) -> CapturedGraph:
         _resolve_masks(captured)
         _check_layers(model, captured)
         _check_kept_tokens(model, captured)
-        start = time.perf_counter()
-        captured.keeps_sequences_apart = check_packing(model, captured)
-        captured.check_seconds = time.perf_counter() - start
+        if not shapes_only:
+            start = time.perf_counter()
+            captured.keeps_sequences_apart = check_packing(model, captured)
+            captured.check_seconds = time.perf_counter() - start
     return captured
 
 
@@ -461,7 +467,8 @@ def _parameter_refusals(model: nn.Module) -> dict[str, str]:
         elif parameter.is_inference():
             refusals[name] = "was made under inference_mode"
         else:
-            by_storage.setdefault(parameter.untyped_storage().data_ptr(), []).append(name)
+            storage = parameter.untyped_storage()  # on the meta device it has no address
+            by_storage.setdefault(storage.data_ptr() or storage._cdata, []).append(name)
     for names in by_storage.values():
         for name in names if len(names) > 1 else ():
             refusals[name] = f"shares its memory with {', '.join(set(names) - {name}) or 'itself'}"

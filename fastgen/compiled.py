@@ -31,6 +31,9 @@ class CacheTensors(Protocol):
 class CompiledForward:
     """The rewritten graph, run directly: the graph's own Python calling the chosen kernels.
 
+    Runs of C++ kernels are programs, each entered once (native_code.py). lowered: The graph before
+    that, a node per kernel.
+
     Call `bind` with the weights before the first call and whenever they moved. graph_id is no other
     graph's in this process.
     """
@@ -45,10 +48,12 @@ class CompiledForward:
         lowered = graph.copy()
         report.kernels = choose_kernels(lowered)
         fold_views(lowered.graph)
-        self._programs = compile_programs(lowered.graph)
+        self.lowered = lowered.module
+        running = lowered.copy()
+        self._programs = compile_programs(running.graph)
         report.facts["programs"] = [program.num_calls for program in self._programs]
-        lowered.module.recompile()
-        self._forward = lowered.module.forward
+        running.module.recompile()
+        self._forward = running.module.forward
         specs = list(self.inputs.values())
         self._batch_slots = [(i, s.target) for i, s in enumerate(specs) if s.kind == "batch"]
         self._cache_slots = [(i, s.target) for i, s in enumerate(specs) if s.kind == "cache"]

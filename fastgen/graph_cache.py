@@ -154,7 +154,7 @@ def _written(graph: CapturedGraph, report: Report) -> dict[str, Any]:
         "format": FORMAT,
         "nodes": nodes,
         "values": values.rows,
-        "inputs": [[spec.kind, spec.target] for spec in graph.inputs.values()],
+        "inputs": [[spec.kind, spec.target, spec.layout] for spec in graph.inputs.values()],
         "constants": {name: _constant(name, graph.constants[name]) for name in used},
         "num_layers": graph.num_layers,
         "merges": [[plan.name, list(plan.members)] for plan in graph.merges],
@@ -254,7 +254,7 @@ def _read(data: dict[str, Any], device: torch.device) -> tuple[CapturedGraph, Re
     module = fx.GraphModule({}, graph)
     graph.lint()
     placeholders = [node.name for node in graph.nodes if node.op == "placeholder"]
-    specs = [InputSpec(kind, target) for kind, target in data["inputs"]]
+    specs = [InputSpec(*spec) for spec in data["inputs"]]
     captured = CapturedGraph(
         module=module,
         inputs=dict(zip(placeholders, specs, strict=True)),

@@ -25,8 +25,10 @@ from ..bench.fresh import run_fresh
 from ..bench.machine import measure_machine
 from ..bench.parity import check_parity
 from ..bench.plot import plot_bars
+from ..bench.profile import profile_workload
 from ..bench.workloads import WORKLOADS, Workload, block_waste, make_workload
 from .models import DTYPES, SHAPES, load_model, random_model
+from .profile_table import plot_profile, show_profile
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -58,6 +60,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         default=[],
         help=f"another engine and the python it is installed for: {', '.join(peers.DRIVERS)}",
     )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="show where the time of fastgen's steps goes instead; without parity gate and peers",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--out", metavar="FILE", type=Path, help="write the JSON to a file too")
     parser.add_argument(
@@ -72,6 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--rounds must be at least 1, got {arguments.rounds}")
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
+    if arguments.profile:
+        return run_profile(arguments)
     if arguments.child is not None:
         print(json.dumps(run_child(arguments)))
         return 0
@@ -149,6 +158,26 @@ def run_workload(arguments: argparse.Namespace) -> dict[str, Any]:
     result["shares"] = shares(model, result)
     result["waste"] = block_waste(workload) if arguments.workload == "mixed" else {}
     return result
+
+
+def run_profile(arguments: argparse.Namespace) -> int:
+    if arguments.workload == "startup":
+        raise ValueError("--profile needs a workload of requests, got startup")
+    model = make_model(arguments)
+    limit = model.config.max_position_embeddings
+    workload = make_workload(arguments.workload, model.config.vocab_size, limit, arguments.seed)
+    where = setting(arguments, workload)
+    profile = profile_workload(model, workload, arguments.block_size, arguments.rounds)
+    result = {"setting": where, **profile}
+    heading = f"{describe(where)}\n{versions(where)}"
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+    else:
+        show_profile(result, heading)
+    if arguments.plot is not None:
+        plot_profile(result, heading, arguments.plot)
+        print(f"drawn in {arguments.plot}", file=sys.stderr)
+    return 0
 
 
 def run_startup(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from .._version import __version__
 from ..errors import FastgenError
-from . import bench, cache, demo, explain, generate
+from . import bench, cache, demo, explain, generate, plan
 
-COMMANDS = (demo, generate, explain, bench, cache)
+COMMANDS = (demo, generate, explain, bench, plan, cache)
 
 
 def build_parser() -> argparse.ArgumentParser:

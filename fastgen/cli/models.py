@@ -91,12 +91,22 @@ def random_model(shape: str, dtype: str, device: str, seed: int = 0) -> Any:
 
     Raises: ValueError for an unknown shape.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    config = shape_config(shape)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
+    return model.to(device).eval()
+
+
+def shape_config(shape: str) -> Any:
+    """The transformers config of a known shape.
+
+    Raises: ValueError for an unknown shape.
+    """
+    from transformers import AutoConfig
 
     if shape not in SHAPES:
         raise ValueError(f"--shape must be one of {', '.join(SHAPES)}, got {shape!r}")
     fields = dict(SHAPES[shape])
-    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
-    return model.to(device).eval()
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
