@@ -22,13 +22,6 @@ _VIEWS = (
     aten.permute.default,
     aten.reshape.default,
 )
-# What leaves a contiguous tensor's elements in their order, all of them.
-_SAME_ORDER = (
-    aten.view.default,
-    aten.reshape.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-)
 
 
 def fold_views(graph: fx.Graph) -> None:
@@ -45,51 +38,64 @@ def fold_views(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target not in _VIEWS or all(user.target in _VIEWS for user in node.users):
             continue
-        base = _base(node)
-        if base is node.args[0] or not _owns_contiguous_memory(base):
+        base, offset = _base_and_offset(node)
+        if base is node.args[0] or offset is None or not _is_fresh(base):
             continue
         layout = _layout(node.meta["val"], sizes)
-        if layout is None or not _same_memory(node, base):
+        if layout is None:
             continue
         with graph.inserting_before(node):
-            folded = graph.call_function(torch.as_strided, (base, *layout))
+            folded = graph.call_function(torch.as_strided, (base, *layout, offset))
         folded.meta = dict(node.meta)
         node.replace_all_uses_with(folded)
     graph.eliminate_dead_code()
 
 
-def _base(node: fx.Node) -> fx.Node:
+def _base_and_offset(node: fx.Node) -> tuple[fx.Node, int | None]:
+    """What a chain of views begins with, and how far into it the last one begins.
+
+    The offset is None if it is no number, or if a reshape on the way may have made a copy. It is
+    counted from the ops: traced values of one memory need not share it any more.
+    """
+    offset: int | None = 0
     while node.target in _VIEWS:
-        node = node.args[0]  # pyright: ignore
-    return node
+        source: fx.Node = node.args[0]  # pyright: ignore
+        skipped = _skipped(node, source.meta["val"])
+        offset = None if offset is None or skipped is None else offset + skipped
+        node = source
+    return node, offset
 
 
-def _owns_contiguous_memory(node: fx.Node) -> bool:
-    """Whether the value is a fresh, contiguous result: strides are then those of its shape."""
+def _skipped(node: fx.Node, value: torch.Tensor) -> int | None:
+    """How many elements of its input's memory a view leaves out at the start."""
+    if node.target is aten.reshape.default:
+        return 0 if value.is_contiguous() else None
+    if node.target not in (aten.slice.Tensor, aten.select.int):
+        return 0
+    dim: int = node.args[1]  # pyright: ignore
+    first = node.args[2] if len(node.args) > 2 else 0
+    stride = value.stride(dim)
+    if first is None:
+        first = 0
+    if first == 0:
+        return 0
+    known = isinstance(first, int) and first >= 0 and isinstance(stride, int)
+    return first * stride if known else None  # pyright: ignore
+
+
+def _is_fresh(node: fx.Node) -> bool:
+    """Whether the value is an op's own, contiguous result: strides are then those of its shape."""
     value = node.meta.get("val")
     return (
         node.op == "call_function"
         and isinstance(value, torch.Tensor)
         and getattr(node.target, "__module__", "").startswith("fastgen.")
-        and value.storage_offset() == 0
         and value.is_contiguous()
     )
 
 
-def _same_memory(node: fx.Node, base: fx.Node) -> bool:
-    """Whether no view on the way made a copy, as reshape may."""
-    first, last = base.meta["val"], node.meta["val"]
-    if first.untyped_storage()._cdata == last.untyped_storage()._cdata:
-        return True
-    while node is not base:
-        if node.target not in _SAME_ORDER:
-            return False
-        node = node.args[0]  # pyright: ignore
-    return last.is_contiguous()
-
-
-def _layout(value: torch.Tensor, sizes: dict[Any, fx.Node]) -> tuple | None:
-    """Size, stride and offset as arguments of as_strided, or None."""
+def _layout(value: torch.Tensor, sizes: dict[Any, fx.Node]) -> tuple[list, list] | None:
+    """Size and stride as arguments of as_strided, or None."""
 
     def argument(number: Any) -> Any:
         if isinstance(number, int):
@@ -103,7 +109,4 @@ def _layout(value: torch.Tensor, sizes: dict[Any, fx.Node]) -> tuple | None:
         1 if number == 1 else argument(step)
         for number, step in zip(size, value.stride(), strict=True)
     ]
-    offset = argument(value.storage_offset())
-    if None in size or None in stride or offset is None:
-        return None
-    return size, stride, offset
+    return None if None in size or None in stride else (size, stride)
