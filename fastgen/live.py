@@ -188,7 +188,7 @@ class LiveWeights:
 
     def _make_room(self, weights: dict[InputSpec, torch.Tensor]) -> None:
         """Memory for packed copies, one after the other; what there is already serves again."""
-        shapes = {spec: weight.shape for spec, weight in weights.items()}
+        shapes = {spec: tuple(weight.shape) for spec, weight in weights.items()}
         if shapes != self._packed_shapes:
             self._packed, self._packed_shapes = _room_for(weights), shapes
 

@@ -32,17 +32,18 @@ def pack_gated_linears(captured: CapturedGraph) -> PassReport:
         linear, why = _linear_behind(*node.args[:2])
         if node.target is fastgen.gelu_mul.default and not node.args[2]:
             why = "the exact GELU is not part of the kernel"
-        why = why or refusal_to_pack(captured, linear.args[1], "gated_tiles")
+        why = why or refusal_to_pack(captured, linear.all_input_nodes[1], "gated_tiles")
         if why is not None:
             report.refuse(node.name, why)
             continue
+        input, weight, *bias = linear.all_input_nodes
         with captured.graph.inserting_before(node):
             fused = captured.graph.call_function(
                 fastgen.packed_gated_linear.default,
                 (
-                    linear.args[0],
-                    packed_input(captured, linear.args[1], "gated_tiles"),
-                    linear.args[2] if len(linear.args) > 2 else None,
+                    input,
+                    packed_input(captured, weight, "gated_tiles"),
+                    *(bias or [None]),
                     value_of(linear).shape[-1] // 2,
                     "silu" if node.target is fastgen.silu_mul.default else "gelu_tanh",
                 ),
@@ -63,10 +64,9 @@ def _linear_behind(gate: fx.Node, up: fx.Node) -> tuple[fx.Node, str | None]:
     width = value_of(source).shape[-1]
     if (gate_rows, up_rows) != ((0, width // 2), (width // 2, width)):
         return gate, f"of {width} outputs the gate is {gate_rows}, up {up_rows}: not the halves"
-    views = {gate, up, *(part.args[0] for part in (gate, up))} - {source}
-    if any(set(view.users) - views - set(gate.users) & set(up.users) for view in views) or (
-        set(source.users) - views
-    ):
+    views = {gate, up, *gate.all_input_nodes, *up.all_input_nodes} - {source}
+    products = set(gate.users) & set(up.users)
+    if any(set(view.users) - views - products for view in (source, *views)):
         return gate, "others read the two projections, too"
     return source, None
 
