@@ -213,6 +213,9 @@ class LiveWeights:
         if read or InputSpec("merged", target) in inputs:
             self.released.keep(target, members, "the graph reads it plain, too, as an embedding")
             return
+        if any(other.target == target and other.layout != spec.layout for other in inputs):
+            self.released.keep(target, members, "the graph reads it in two layouts")
+            return
         everything: dict[str, torch.Tensor] = dict(model.named_buffers(remove_duplicate=False))
         everything.update(model.named_parameters(remove_duplicate=False))
         if (

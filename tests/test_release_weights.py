@@ -8,7 +8,8 @@ import re
 
 import pytest
 import torch
-from fastgen.kernels.packing import why_not_packed
+from fastgen.kernels.packing import unpack, why_not_packed, why_not_tiles
+from fastgen.passes import InputSpec
 from peft import LoraConfig, get_peft_model
 from test_saving import (  # noqa: F401 - every way of saving, with the models of this file
     TIED,
@@ -28,6 +29,7 @@ from tiny_models import NativeTokens, prompts, tiny_model
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import fastgen
+from fastgen.live import LiveWeights
 from fastgen.released import WAY_BACK, is_released
 
 BF16 = torch.bfloat16
@@ -125,10 +127,10 @@ def test_one_layer_at_a_time_exists_twice(monkeypatch):
     alive, pack = [], fastgen.live.pack
     seen = []
 
-    def watched(weight):
+    def watched(weight, *rest):
         seen.append(sum(not storage.expired() for storage in alive))
         alive.append(StorageWeakRef(weight.untyped_storage()))
-        return pack(weight)
+        return pack(weight, *rest)
 
     monkeypatch.setattr(fastgen.live, "pack", watched)
     fastgen.optimize(model, release_weights=True)
@@ -466,9 +468,30 @@ def test_a_weight_that_a_buffer_looks_into_stays():
     assert fastgen.explain(model).kept[DOWN][1] == f"{DOWN} shares its memory with look"
 
 
+@pytest.mark.skipif(
+    (missing := why_not_tiles(torch.empty(32, 32, dtype=BF16))) is not None,
+    reason=f"one layout alone: {missing}",
+)
+def test_a_weight_that_is_read_in_two_layouts_stays():
+    model = small()
+    before, weights = model.get_parameter(DOWN).clone(), LiveWeights(model)
+    weights.attach(())
+    inputs = [InputSpec("packed", DOWN, layout) for layout in ("tiles", "gated_tiles")]
+    for _ in range(2):
+        packed = weights.resolve(inputs, release=True)
+        for spec in inputs:
+            assert torch.equal(unpack(packed[spec], spec.layout, len(before)), before)
+    assert not is_released(model.get_parameter(DOWN))
+    assert weights.released.kept[DOWN][1] == "the graph reads it in two layouts"
+
+
 REFUSED = {
     "fp32": (torch.float32, {}, "the weight is float32"),
-    "no-pass": (BF16, {"passes_off": ("pack_linears",)}, "pack_linears is off"),
+    "no-pass": (
+        BF16,
+        {"passes_off": ("pack_linears", "pack_gated_linears")},
+        "pack_linears is off",
+    ),
 }
 
 
@@ -487,11 +510,11 @@ def test_a_failure_in_the_midst_leaves_the_model_as_it_was(monkeypatch):
     model = small()
     before, pack, calls = values_of(model), fastgen.live.pack, []
 
-    def failing(weight):
+    def failing(weight, *rest):
         calls.append(weight.shape)
         if len(calls) == 4:
             raise MemoryError
-        return pack(weight)
+        return pack(weight, *rest)
 
     monkeypatch.setattr(fastgen.live, "pack", failing)
     with pytest.raises(MemoryError):
