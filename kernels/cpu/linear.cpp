@@ -20,6 +20,7 @@
 #include "call.h"
 #include "isa.h"
 #include "numbers.h"
+#include "vectors.h"
 
 namespace {
 
@@ -64,8 +65,7 @@ void for_each_pair(int64_t num_rows, int64_t width, bool gated, int num_threads,
 
 }  // namespace
 
-#if defined(__AVX512BF16__) && defined(__x86_64__)
-#include <immintrin.h>
+#ifdef HAVE_VECTORS
 
 namespace {
 
@@ -220,9 +220,6 @@ void multiply(const Panel& panel, int64_t first_step, const bf16* weight, int64_
   }
 }
 
-inline __m512 widen(__m256i values) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16));
-}
 inline __m512 bias_of(const bf16* bias, __mmask16 valid) {
   return bias ? widen(_mm256_maskz_loadu_epi16(valid, bias)) : _mm512_setzero_ps();
 }
@@ -252,8 +249,6 @@ void store_plain(const Layer& layer, const float* sums, int64_t row, int64_t num
     put(out + r * layer.output_stride, (__m512i)_mm512_cvtne2ps_pbh(b, a), valid, layer.stream);
   }
 }
-
-inline __m512 rounded(__m512 values) { return widen((__m256i)_mm512_cvtneps_pbh(values)); }
 
 // 1 / (1 + e^-x) to about 2^-20: 2^t by a polynomial on [-1/2, 1/2], the reciprocal by one step of
 // Newton's. What is made of it is rounded to bf16.
@@ -444,7 +439,7 @@ extern "C" void unpack_weight(const bf16* packed, bf16* weight, int64_t num_rows
 extern "C" void linear(const bf16* input, int64_t input_stride, const bf16* packed,
                        const bf16* bias, bf16* output, int64_t output_stride, int64_t num_rows,
                        int64_t num_outputs, int64_t width, int epilogue, int num_threads) {
-#if defined(__AVX512BF16__) && defined(__x86_64__)
+#ifdef HAVE_VECTORS
   const bool gated = epilogue != kPlain;
   const bool lines = reinterpret_cast<uintptr_t>(output) % 64 == 0 && output_stride % 32 == 0 &&
                      num_outputs % 32 == 0;
