@@ -6,9 +6,10 @@
 // that do not exist are zero. The groups of a gated weight hold 16 outputs of the gate and the same
 // 16 of the up projection.
 //
-// Few rows (a panel of 32) meet a thread's groups in one pass, which memory limits: the weight is
-// prefetched ahead. More rows come panel by panel over parts of the weight that stay in the
-// second-level cache, while the next part is fetched.
+// Rows come in panels of 32. An input that fits into the second-level cache meets two groups at a
+// time, so that the weight is read once, in order and prefetched ahead: memory is the limit. A larger
+// one comes panel by panel over parts of the weight that stay in that cache, while the next part is
+// fetched.
 
 #include <algorithm>
 #include <cstdint>
@@ -70,9 +71,9 @@ void for_each_pair(int64_t num_rows, int64_t width, bool gated, int num_threads,
 namespace {
 
 constexpr int64_t kAhead = 2048;           // bytes that one pass prefetches ahead
-constexpr int64_t kPartBytes = 512 << 10;  // of the weight, while panels pass over it
-constexpr int64_t kBlockSteps = 10;        // steps whose inputs stay in the first-level cache
-constexpr int64_t kInputBytes = 768 << 10;  // of an input that stays in the second-level cache
+constexpr int64_t kPartBytes = 512 << 10;     // of the weight, while panels pass over it
+constexpr int64_t kBlockSteps = 10;           // steps whose inputs stay in the first-level cache
+constexpr int64_t kInputBytes = 1 << 20;      // of an input that stays in the second-level cache
 constexpr int64_t kStreamBytes = 256 << 10;  // an output from this size on is not kept in the caches
 
 struct Layer {
@@ -97,7 +98,7 @@ struct Prefetch {
   int64_t num_rows = 0, row_stride = 0;
   template <int lines>
   void next(int64_t step) {
-    if (at < end) {
+    if (lines > 0 && at < end) {
       for (int line = 0; line < lines; ++line) _mm_prefetch(at + line * 64, _MM_HINT_T1);
       at += lines * 64;
     }
@@ -333,27 +334,35 @@ T* scratch(int64_t size) {
   return data;
 }
 
-// All rows in one panel, over groups [begin, end).
-void one_pass(const Layer& layer, int64_t begin, int64_t end, bool tiles) {
-  const Panel panel{layer.input, layer.num_rows, layer.input_stride, kInputs,
-                    kHalf * layer.input_stride};
+// All panels over two groups, over the next two, and so on: what is read of the weight for the first
+// panel is still there for the others, and so are the inputs.
+void stream(const Layer& layer, int64_t begin, int64_t end, bool tiles) {
   Prefetch ahead{reinterpret_cast<const char*>(layer.group(begin)) + kAhead,
                  reinterpret_cast<const char*>(layer.group(end))};
   constexpr int64_t kTogether = 2;
   float* sums = scratch<float>(kTogether * kPanel * kOutputs);
-  if (tiles) configure(panel.num_rows);
+  int64_t configured = 0;
   for (int64_t group = begin; group < end; group += kTogether) {
     const int64_t count = std::min(kTogether, end - group);
-    for (int64_t i = 0; i < count; ++i)
-      multiply<32>(panel, 0, layer.group(group + i), layer.num_steps, sums + i * kPanel * kOutputs,
-                   ahead, tiles);
-    store_groups(layer, sums, 0, panel.num_rows, group, count);
+    for (int64_t row = 0; row < layer.num_rows; row += kPanel) {
+      const int64_t num_rows = std::min(kPanel, layer.num_rows - row);
+      if (tiles && num_rows != configured) configure(configured = num_rows);
+      const Panel panel{layer.input + row * layer.input_stride, num_rows, layer.input_stride,
+                        kInputs, kHalf * layer.input_stride};
+      for (int64_t i = 0; i < count; ++i) {
+        float* to = sums + i * kPanel * kOutputs;
+        if (row == 0)
+          multiply<32>(panel, 0, layer.group(group + i), layer.num_steps, to, ahead, tiles);
+        else
+          multiply<0>(panel, 0, layer.group(group + i), layer.num_steps, to, ahead, tiles);
+      }
+      store_groups(layer, sums, row, num_rows, group, count);
+    }
   }
 }
 
 // Panel after panel over groups [begin, end). The next groups, up to `limit`, and the next panel are
 // fetched meanwhile.
-template <int lines>
 void panels(const Layer& layer, int64_t begin, int64_t end, int64_t limit, bool tiles) {
   float* sums = scratch<float>((end - begin) * kPanel * kOutputs);
   Prefetch ahead{reinterpret_cast<const char*>(layer.group(end)),
@@ -371,7 +380,7 @@ void panels(const Layer& layer, int64_t begin, int64_t end, int64_t limit, bool 
         const int64_t coming = row + kPanel + (group - begin) * rows_per_group;
         ahead.num_rows = std::clamp<int64_t>(layer.num_rows - coming, 0, rows_per_group);
         ahead.rows = layer.input + coming * layer.input_stride + step * kInputs;
-        multiply<lines>(panel, step, layer.group(group) + step * kStepElements, num_steps,
+        multiply<2>(panel, step, layer.group(group) + step * kStepElements, num_steps,
                         sums + (group - begin) * kPanel * kOutputs, ahead, tiles);
       }
     }
@@ -389,23 +398,14 @@ void run(const Layer& layer, int64_t num_groups, int num_threads) {
       return std::min(num_groups, (num_groups * part / threads + 1) / 2 * 2);
     };
     const int64_t begin = share(thread), end = thread + 1 == threads ? num_groups : share(thread + 1);
-    if (layer.num_rows <= kPanel) {
-      if (begin < end) one_pass(layer, begin, end, tiles);
+    const int64_t row_bytes = layer.num_steps * kInputs * sizeof(bf16);
+    if (layer.num_rows * row_bytes <= kInputBytes) {
+      if (begin < end) stream(layer, begin, end, tiles);
     } else {
-      const int64_t group_bytes = layer.num_steps * kStepElements * sizeof(bf16);
-      const int64_t input_bytes = layer.num_rows * layer.num_steps * kInputs * sizeof(bf16);
-      const int64_t part =
-          input_bytes <= kInputBytes ? 2 : std::max<int64_t>(1, kPartBytes / group_bytes / 2) * 2;
+      const int64_t part = std::max<int64_t>(1, kPartBytes / (row_bytes * kOutputs) / 2) * 2;
       for (int64_t at = begin; at < end; at += part) {
-        const int64_t stop = std::min(end, at + part), limit = std::min(end, stop + part);
-        if (layer.num_rows <= 2 * kPanel)
-          panels<16>(layer, at, stop, limit, tiles);
-        else if (layer.num_rows <= 4 * kPanel)
-          panels<8>(layer, at, stop, limit, tiles);
-        else if (layer.num_rows <= 8 * kPanel)
-          panels<4>(layer, at, stop, limit, tiles);
-        else
-          panels<2>(layer, at, stop, limit, tiles);
+        const int64_t stop = std::min(end, at + part);
+        panels(layer, at, stop, std::min(end, stop + part), tiles);
       }
     }
     if (layer.stream) _mm_sfence();
