@@ -130,6 +130,10 @@ class Value:
     def __getattr__(self, name: str) -> Any:
         raise NotRecordableError(f"{name} of a tensor")
 
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotRecordableError(f"torch's {func.__name__}")
+
     def as_strided(self, size: Sequence[Any], stride: Sequence[Any], offset: int) -> Value:
         return Value(self.memory, tuple(size), tuple(stride), self.dtype, self.recorder, offset)
 
