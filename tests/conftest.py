@@ -23,8 +23,8 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 def cache_folder(tmp_path_factory):
     """A cache folder of the session's own; only the compiled kernels are the user's.
 
-    In this process graphs are cached where a test takes `graphs_on_disk`: everywhere else it is
-    the capture that is tested.
+    In this process graphs are cached where a test takes `graphs_on_disk` or
+    `graphs_of_the_session`: everywhere else it is the capture that is tested.
     """
 
     def traced(*_):
@@ -48,6 +48,15 @@ def graphs_on_disk(tmp_path, monkeypatch):
     return tmp_path / "graphs"
 
 
+@pytest.fixture
+def graphs_of_the_session(monkeypatch):
+    """Models of this test may take the graph that an equal one had before: nothing is traced twice.
+
+    For tests that are not about capture.
+    """
+    monkeypatch.setattr(fastgen.api, "graph_key", graph_key)
+
+
 # What a test of the engine or of generate() runs on; tests/test_families.py is about all families.
 PAIR = ("llama", "qwen2")
 
@@ -64,7 +73,7 @@ def model(family):
 
 
 @pytest.fixture
-def optimized(model):
+def optimized(model, graphs_of_the_session):
     """The same, optimised with NaN in every freed block; restored afterwards."""
     fastgen.optimize(model)
     poison(model)
@@ -77,7 +86,9 @@ def optimized(model):
 def pair(request):
     """Two equal models, plain and optimised, for tests that only generate."""
     plain, fast = tiny_model(request.param), tiny_model(request.param)
-    fastgen.optimize(fast)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fastgen.api, "graph_key", graph_key)
+        fastgen.optimize(fast)
     poison(fast)
     return plain, fast
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import fastgen
 
+pytestmark = pytest.mark.usefixtures("graphs_of_the_session")
 ROW = prompts(9)[0]
 
 

@@ -16,6 +16,7 @@ from transformers import (
 
 import fastgen
 
+pytestmark = pytest.mark.usefixtures("graphs_of_the_session")
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
 
 

@@ -33,10 +33,13 @@ from fastgen.live import LiveWeights
 from fastgen.released import WAY_BACK, is_released
 
 BF16 = torch.bfloat16
-pytestmark = pytest.mark.skipif(
-    (reason := why_not_packed(torch.empty(1, 1, dtype=BF16))) is not None,
-    reason=f"weights are not packed here: {reason}",
-)
+pytestmark = [
+    pytest.mark.usefixtures("graphs_of_the_session"),
+    pytest.mark.skipif(
+        (reason := why_not_packed(torch.empty(1, 1, dtype=BF16))) is not None,
+        reason=f"weights are not packed here: {reason}",
+    ),
+]
 ROW = torch.tensor(prompts(9))
 Q, UP, DOWN = (
     f"model.layers.0.{name}.weight" for name in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")

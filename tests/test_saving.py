@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import fastgen
 
+pytestmark = pytest.mark.usefixtures("graphs_of_the_session")
 ROW = prompts(9)[0]
 HEADER_BYTES = 16 * 1024  # what a file holds besides numbers
 TIED = "lm_head.weight"

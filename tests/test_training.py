@@ -9,6 +9,7 @@ from tiny_models import NativeTokens, prompts
 
 import fastgen
 
+pytestmark = pytest.mark.usefixtures("graphs_of_the_session")
 BATCH = torch.tensor(prompts(12, 12, seed=5))
 ROW = prompts(9)[0]
 OPTIMIZERS = {

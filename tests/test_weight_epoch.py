@@ -14,6 +14,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks
 
 import fastgen
 
+pytestmark = pytest.mark.usefixtures("graphs_of_the_session")
 ROW = prompts(9)[0]
 IDS = torch.tensor([ROW])
 
