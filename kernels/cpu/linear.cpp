@@ -8,8 +8,7 @@
 //
 // Rows come in panels of 32. An input that fits into the second-level cache meets two groups at a
 // time, so that the weight is read once, in order and prefetched ahead: memory is the limit. A larger
-// one comes panel by panel over parts of the weight that stay in that cache, while the next part is
-// fetched.
+// one comes panel by panel over parts of the weight that stay in that cache.
 
 #include <algorithm>
 #include <cstdint>
@@ -70,11 +69,12 @@ void for_each_pair(int64_t num_rows, int64_t width, bool gated, int num_threads,
 
 namespace {
 
-constexpr int64_t kAhead = 2048;           // bytes that one pass prefetches ahead
-constexpr int64_t kPartBytes = 512 << 10;     // of the weight, while panels pass over it
-constexpr int64_t kBlockSteps = 10;           // steps whose inputs stay in the first-level cache
-constexpr int64_t kInputBytes = 1 << 20;      // of an input that stays in the second-level cache
-constexpr int64_t kStreamBytes = 256 << 10;  // an output from this size on is not kept in the caches
+constexpr int64_t kAhead = 2048;            // bytes that one pass prefetches ahead
+constexpr int64_t kPartGroups = 8;          // of the weight, and
+constexpr int64_t kPartBytes = 768 << 10;   // at most so much, while panels pass over it
+constexpr int64_t kBlockSteps = 10;         // steps whose inputs stay in the first-level cache
+constexpr int64_t kInputBytes = 1 << 20;    // of an input that stays in the second-level cache
+constexpr int64_t kStreamBytes = 256 << 10; // an output from this size on is not kept in the caches
 
 struct Layer {
   const bf16* input;
@@ -361,30 +361,39 @@ void stream(const Layer& layer, int64_t begin, int64_t end, bool tiles) {
   }
 }
 
-// Panel after panel over groups [begin, end). The next groups, up to `limit`, and the next panel are
-// fetched meanwhile.
-void panels(const Layer& layer, int64_t begin, int64_t end, int64_t limit, bool tiles) {
-  float* sums = scratch<float>((end - begin) * kPanel * kOutputs);
-  Prefetch ahead{reinterpret_cast<const char*>(layer.group(end)),
-                 reinterpret_cast<const char*>(layer.group(limit))};
+// Panel after panel over groups [begin, end), as many inputs at a time as stay in the second-level
+// cache with their weight. The next panel is fetched meanwhile.
+void panels(const Layer& layer, int64_t begin, int64_t end, bool tiles) {
+  constexpr int64_t kSums = kPanel * kOutputs;
+  const int64_t num_groups = end - begin, num_panels = (layer.num_rows + kPanel - 1) / kPanel;
+  const int64_t group_bytes = kStepElements * sizeof(bf16);  // of a step
+  const int64_t depth = std::min(layer.num_steps, kPartBytes / (num_groups * group_bytes));
+  // The sums of a panel wait for its next inputs, unless these are all.
+  const int64_t waiting = depth < layer.num_steps ? num_panels : 1;
+  float* all_sums = scratch<float>(waiting * num_groups * kSums);
+  Prefetch ahead{};
   ahead.row_stride = layer.input_stride;
-  const int64_t rows_per_group = (kPanel + end - begin - 1) / (end - begin);
-  for (int64_t row = 0; row < layer.num_rows; row += kPanel) {
-    const int64_t num_rows = std::min(kPanel, layer.num_rows - row);
-    if (tiles && (row == 0 || num_rows < kPanel)) configure(num_rows);
-    const Panel panel{layer.input + row * layer.input_stride, num_rows, layer.input_stride, kInputs,
-                      kHalf * layer.input_stride};
-    for (int64_t step = 0; step < layer.num_steps; step += kBlockSteps) {
-      const int64_t num_steps = std::min(kBlockSteps, layer.num_steps - step);
-      for (int64_t group = begin; group < end; ++group) {
-        const int64_t coming = row + kPanel + (group - begin) * rows_per_group;
-        ahead.num_rows = std::clamp<int64_t>(layer.num_rows - coming, 0, rows_per_group);
-        ahead.rows = layer.input + coming * layer.input_stride + step * kInputs;
-        multiply<2>(panel, step, layer.group(group) + step * kStepElements, num_steps,
-                        sums + (group - begin) * kPanel * kOutputs, ahead, tiles);
+  const int64_t rows_per_group = (kPanel + num_groups - 1) / num_groups;
+  for (int64_t first = 0; first < layer.num_steps; first += depth) {
+    const int64_t last = std::min(layer.num_steps, first + depth);
+    for (int64_t index = 0; index < num_panels; ++index) {
+      const int64_t row = index * kPanel, num_rows = std::min(kPanel, layer.num_rows - row);
+      if (tiles && (index == 0 || num_rows < kPanel)) configure(num_rows);
+      const Panel panel{layer.input + row * layer.input_stride, num_rows, layer.input_stride,
+                        kInputs, kHalf * layer.input_stride};
+      float* sums = all_sums + (waiting > 1 ? index * num_groups * kSums : 0);
+      for (int64_t step = first; step < last; step += kBlockSteps) {
+        const int64_t num_steps = std::min(kBlockSteps, last - step);
+        for (int64_t group = 0; group < num_groups; ++group) {
+          const int64_t coming = row + kPanel + group * rows_per_group;
+          ahead.num_rows = std::clamp<int64_t>(layer.num_rows - coming, 0, rows_per_group);
+          ahead.rows = layer.input + coming * layer.input_stride + step * kInputs;
+          multiply<0>(panel, step, layer.group(begin + group) + step * kStepElements, num_steps,
+                      sums + group * kSums, ahead, tiles);
+        }
       }
+      if (last == layer.num_steps) store_groups(layer, sums, row, num_rows, begin, num_groups);
     }
-    store_groups(layer, sums, row, num_rows, begin, end - begin);
   }
 }
 
@@ -402,11 +411,8 @@ void run(const Layer& layer, int64_t num_groups, int num_threads) {
     if (layer.num_rows * row_bytes <= kInputBytes) {
       if (begin < end) stream(layer, begin, end, tiles);
     } else {
-      const int64_t part = std::max<int64_t>(1, kPartBytes / (row_bytes * kOutputs) / 2) * 2;
-      for (int64_t at = begin; at < end; at += part) {
-        const int64_t stop = std::min(end, at + part);
-        panels(layer, at, stop, std::min(end, stop + part), tiles);
-      }
+      for (int64_t at = begin; at < end; at += kPartGroups)
+        panels(layer, at, std::min(end, at + kPartGroups), tiles);
     }
     if (layer.stream) _mm_sfence();
     if (tiles) release_tiles();
