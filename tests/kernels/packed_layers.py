@@ -33,7 +33,7 @@ def exact_sums(
 
 
 def surrounded(values: torch.Tensor, before: int = 32, after: int = 32) -> torch.Tensor:
-    """The same values with NaN around them: rows before and after, and columns, if there are any."""
+    """The same values with NaN around them: rows and columns before and after."""
     *rows, width = values.shape
     size = [count + 4 for count in rows] + [before + width + after]
     memory = torch.full(size, float("nan"), dtype=values.dtype)

@@ -125,7 +125,7 @@ def test_it_is_accurate_at_every_level(level, with_bias, shape, rows):
 @needs_tiles
 @pytest.mark.parametrize("shape", [(33, 352), (100, 1024), (230, 1344)], ids=str)
 def test_a_row_has_the_same_bits_whatever_rows_are_with_it(level, shape):
-    weight, bias, packed = layer(shape)
+    _, bias, packed = layer(shape)
     input = randn(300, shape[1], dtype=BF16, seed=1)
     together = packed_linear_cpu(input, packed, bias, shape[0])
     for start, stop in [(0, 1), (7, 9), (3, 8), (50, 66), (90, 107), (0, 32), (9, 42), (299, 300)]:
