@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from fastgen.kernels.packing import pack, why_not_packed, why_not_tiles
 from fastgen.kernels import CallSite, select
+from fastgen.kernels.packing import pack, why_not_packed, why_not_tiles
 from fastgen.passes import InputSpec, run_passes
 from fastgen.passes.pack_linears import pack_linears, packed_bytes, refusal_to_pack
 from tiny_models import tiny_model
