@@ -80,7 +80,6 @@ def test_the_linears_are_gone_and_the_parameters_are_those_of_the_model():
     pack_gated_linears(graph)
     assert count(graph, torch.ops.aten.linear.default) == linears - 2
     assert count(graph, torch.ops.fastgen.silu_mul.default) == 0
-    assert count(graph, torch.ops.aten.split_with_sizes.default) == 2, "those of q, k and v"
     assert graph.merges == merges
     packed = [spec for spec in graph.inputs.values() if spec.kind == "packed"]
     plain = {spec.target for spec in graph.inputs.values() if spec.kind == "merged"}
@@ -131,8 +130,9 @@ def test_projections_that_were_not_merged():
 @pytest.mark.parametrize("adapted", ["gate_proj", "up_proj"])
 def test_an_adapter_on_one_of_the_two(adapted):
     config = LoraConfig(r=4, target_modules=[adapted], layers_to_transform=[1])
-    model = get_peft_model(tiny_model("llama", dtype=BF16), config).eval()
-    graph = capture(model)
+    model = tiny_model("llama", dtype=BF16)
+    get_peft_model(model, config)
+    graph = capture(model.eval())
     graph.pack_budget_bytes = sys.maxsize
     report = report_of(run_passes(graph)[1])
     assert report.matches == 1
@@ -209,7 +209,7 @@ def slices(m, x):
 
 def slices_from_the_end(m, x):
     both = m.both(x)
-    return F.silu(both[:, :-48]) * both[:, -48:]
+    return F.silu(both[..., :-48]) * both[..., -48:]
 
 
 def three_dimensions(m, x):
@@ -257,7 +257,7 @@ def thirds(m, x):
 
 def overlapping(m, x):
     both = m.both(x)
-    return F.silu(both[:, :60]) * both[:, 36:]
+    return F.silu(both[..., :60]) * both[..., 36:]
 
 
 def halves_of_another_view(m, x):
@@ -283,16 +283,16 @@ def the_linear_read_again(m, x):
 
 def the_slices_linear_read_again(m, x):
     both = m.both(x)
-    return F.silu(both[:, :48]) * both[:, 48:] + both.sum()
+    return F.silu(both[..., :48]) * both[..., 48:] + both.sum()
 
 
 def one_half_of_each(m, x):
-    return F.silu(m.both(x)[:, :48]) * m.other(x)[:, 48:]
+    return F.silu(m.both(x)[..., :48]) * m.other(x)[..., 48:]
 
 
 def an_adapted_gate(m, x):
     gate, up = m.both(x).chunk(2, dim=-1)
-    return F.silu(gate + m.other(x)[:, :48]) * up
+    return F.silu(gate + m.other(x)[..., :48]) * up
 
 
 def a_computed_weight(m, x):
