@@ -58,7 +58,8 @@ def pack_gated_linears(captured: CapturedGraph) -> PassReport:
 def _linear_behind(product: fx.Node) -> tuple[fx.Node, str | None]:
     """The linear whose first half is the gate and whose second half is up; or why there is none."""
     gate, up = product.args[:2]
-    assert isinstance(gate, fx.Node) and isinstance(up, fx.Node)
+    assert isinstance(gate, fx.Node)
+    assert isinstance(up, fx.Node)
     (source, gate_rows), (other, up_rows) = _rows(gate), _rows(up)
     if source is None or source is not other or not calls(source, aten.linear.default):
         return gate, "gate and up are not parts of one linear"

@@ -125,10 +125,10 @@ def test_one_layer_at_a_time_exists_twice(monkeypatch):
     alive, pack = [], fastgen.live.pack
     seen = []
 
-    def watched(weight):
+    def watched(weight, layout, out):
         seen.append(sum(not storage.expired() for storage in alive))
         alive.append(StorageWeakRef(weight.untyped_storage()))
-        return pack(weight)
+        return pack(weight, layout, out)
 
     monkeypatch.setattr(fastgen.live, "pack", watched)
     fastgen.optimize(model, release_weights=True)
@@ -487,11 +487,11 @@ def test_a_failure_in_the_midst_leaves_the_model_as_it_was(monkeypatch):
     model = small()
     before, pack, calls = values_of(model), fastgen.live.pack, []
 
-    def failing(weight):
+    def failing(weight, layout, out):
         calls.append(weight.shape)
         if len(calls) == 4:
             raise MemoryError
-        return pack(weight)
+        return pack(weight, layout, out)
 
     monkeypatch.setattr(fastgen.live, "pack", failing)
     with pytest.raises(MemoryError):
