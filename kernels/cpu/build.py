@@ -31,7 +31,15 @@ _SOURCES = (
     "linear.cpp",
     "program.cpp",
 )
-_HEADERS = ("amx.h", "attention.h", "attention_tile.h", "call.h", "isa.h", "numbers.h")
+_HEADERS = (
+    "amx.h",
+    "attention.h",
+    "attention_tile.h",
+    "call.h",
+    "isa.h",
+    "numbers.h",
+    "vectors.h",
+)
 _FLAGS = (
     "-std=c++17",
     "-O3",

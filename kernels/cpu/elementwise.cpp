@@ -2,14 +2,17 @@
 //
 // Arithmetic is fp32. Where the reference bodies round to the tensors' dtype, `round` does too, so
 // that bf16 results differ from theirs by the order of one sum at most. Rows are independent and
-// split evenly over the threads. Plain loops: the compiler makes vectors of them.
+// split evenly over the threads. Plain loops, of which the compiler makes vectors; rounding to bf16
+// is what it does badly, so norms and RoPE of bf16 are written out.
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
 #include "call.h"
+#include "isa.h"
 #include "numbers.h"
+#include "vectors.h"
 
 namespace {
 
@@ -23,6 +26,62 @@ struct Rows {
   T* at(int64_t i, int64_t j) const { return data + i * outer + j * inner; }
 };
 
+// One row: x (plus r, which makes `sum`) normalized, and multiplied by the weight if there is one.
+template <typename T>
+void normalize(const T* x, const T* r, const T* weight, T* out, T* sum, int64_t width, float eps,
+               float weight_offset, bool cast_first) {
+  if (r) {
+#pragma omp simd
+    for (int64_t k = 0; k < width; ++k) store(sum + k, load(x[k]) + load(r[k]));
+    x = sum;
+  }
+  float squares = 0.0f;
+#pragma omp simd reduction(+ : squares)
+  for (int64_t k = 0; k < width; ++k) squares += load(x[k]) * load(x[k]);
+  const float scale = 1.0f / std::sqrt(squares / float(width) + eps);
+  if (!weight) {
+#pragma omp simd
+    for (int64_t k = 0; k < width; ++k) store(out + k, load(x[k]) * scale);
+  } else if (cast_first) {
+#pragma omp simd
+    for (int64_t k = 0; k < width; ++k)
+      store(out + k, round<T>(load(x[k]) * scale) * load(weight[k]));
+  } else {
+#pragma omp simd
+    for (int64_t k = 0; k < width; ++k)
+      store(out + k, load(x[k]) * scale * (load(weight[k]) + weight_offset));
+  }
+}
+
+#ifdef HAVE_VECTORS
+// The same for a width that is a multiple of 16.
+void normalize_vectors(const bf16* x, const bf16* r, const bf16* weight, bf16* out, bf16* sum,
+                       int64_t width, float eps, float weight_offset, bool cast_first) {
+  __m512 squares = _mm512_setzero_ps();
+  for (int64_t k = 0; k < width; k += 16) {
+    __m512 value = load16(x + k);
+    if (r) {
+      const __m256i total = narrow(_mm512_add_ps(value, load16(r + k)));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(sum + k), total);
+      value = widen(total);
+    }
+    squares = _mm512_fmadd_ps(value, value, squares);
+  }
+  if (r) x = sum;
+  const float mean = _mm512_reduce_add_ps(squares) / float(width);
+  const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(mean + eps));
+  const __m512 offset = _mm512_set1_ps(weight_offset);
+  for (int64_t k = 0; k < width; k += 16) {
+    __m512 value = _mm512_mul_ps(load16(x + k), scale);
+    if (weight && cast_first)
+      value = _mm512_mul_ps(rounded(value), load16(weight + k));
+    else if (weight)
+      value = _mm512_mul_ps(value, _mm512_add_ps(load16(weight + k), offset));
+    store16(out + k, value);
+  }
+}
+#endif
+
 template <typename T>
 void rms_norm(Rows<const T> input, Rows<const T> residual, const T* weight, Rows<T> output,
               Rows<T> total, int64_t num_outer, int64_t num_inner, int64_t width, float eps, float weight_offset,
@@ -33,29 +92,16 @@ void rms_norm(Rows<const T> input, Rows<const T> residual, const T* weight, Rows
     int64_t i = row / num_inner, j = row % num_inner;
     const T* x = input.at(i, j);
     T* out = output.at(i, j);
-    if (residual.data) {
-      const T* r = residual.at(i, j);
-      T* sum = total.at(i, j);
-#pragma omp simd
-      for (int64_t k = 0; k < width; ++k) store(sum + k, load(x[k]) + load(r[k]));
-      x = sum;
-    }
-    float squares = 0.0f;
-#pragma omp simd reduction(+ : squares)
-    for (int64_t k = 0; k < width; ++k) squares += load(x[k]) * load(x[k]);
-    float scale = 1.0f / std::sqrt(squares / float(width) + eps);
-    if (!weight) {
-#pragma omp simd
-      for (int64_t k = 0; k < width; ++k) store(out + k, load(x[k]) * scale);
-    } else if (cast_first) {
-#pragma omp simd
-      for (int64_t k = 0; k < width; ++k)
-        store(out + k, round<T>(load(x[k]) * scale) * load(weight[k]));
-    } else {
-#pragma omp simd
-      for (int64_t k = 0; k < width; ++k)
-        store(out + k, load(x[k]) * scale * (load(weight[k]) + weight_offset));
-    }
+    const T* r = residual.data ? residual.at(i, j) : nullptr;
+    T* sum = residual.data ? total.at(i, j) : nullptr;
+#ifdef HAVE_VECTORS
+    if constexpr (sizeof(T) == 2)
+      if (width % 16 == 0 && isa_level >= kAvx512Bf16) {
+        normalize_vectors(x, r, weight, out, sum, width, eps, weight_offset, cast_first);
+        continue;
+      }
+#endif
+    normalize(x, r, weight, out, sum, width, eps, weight_offset, cast_first);
   }
 }
 
@@ -86,6 +132,35 @@ void rotate(const T* x, const Table* cos, const Table* sin, T* out, int64_t rota
   std::memcpy(out + rotary_dim, x + rotary_dim, (head_dim - rotary_dim) * sizeof(T));
 }
 
+#ifdef HAVE_VECTORS
+// The same for halves that are multiples of 16.
+template <typename Table>
+void rotate_vectors(const bf16* x, const Table* cos, const Table* sin, bf16* out,
+                    int64_t rotary_dim, int64_t head_dim) {
+  const int64_t half = rotary_dim / 2;
+  auto r = [](__m512 value) { return sizeof(Table) == sizeof(bf16) ? rounded(value) : value; };
+  for (int64_t i = 0; i < half; i += 16) {
+    const __m512 a = load16(x + i), b = load16(x + i + half);
+    const __m512 first = r(_mm512_mul_ps(a, load16(cos + i)));
+    const __m512 second = r(_mm512_mul_ps(b, load16(cos + i + half)));
+    store16(out + i, _mm512_sub_ps(first, r(_mm512_mul_ps(b, load16(sin + i)))));
+    store16(out + i + half, _mm512_add_ps(second, r(_mm512_mul_ps(a, load16(sin + i + half)))));
+  }
+  std::memcpy(out + rotary_dim, x + rotary_dim, (head_dim - rotary_dim) * sizeof(bf16));
+}
+#endif
+
+template <typename T, typename Table>
+void rotate_head(const T* x, const Table* cos, const Table* sin, T* out, int64_t rotary_dim,
+                 int64_t head_dim, bool interleaved) {
+#ifdef HAVE_VECTORS
+  if constexpr (sizeof(T) == 2)
+    if (rotary_dim % 32 == 0 && !interleaved && isa_level >= kAvx512Bf16)
+      return rotate_vectors(x, cos, sin, out, rotary_dim, head_dim);
+#endif
+  rotate(x, cos, sin, out, rotary_dim, head_dim, interleaved);
+}
+
 template <typename T, typename Table>
 void rope(Rows<const T> query, Rows<const T> key, const Table* cos, const Table* sin,
           int64_t cos_stride, int64_t sin_stride, T* query_out, T* key_out, int64_t num_tokens,
@@ -96,11 +171,11 @@ void rope(Rows<const T> query, Rows<const T> key, const Table* cos, const Table*
   for (int64_t token = 0; token < num_tokens; ++token) {
     const Table *c = cos + token * cos_stride, *s = sin + token * sin_stride;
     for (int64_t head = 0; head < num_heads; ++head)
-      rotate(query.at(token, head), c, s, query_out + (token * num_heads + head) * query_dim,
-             rotary_dim, query_dim, interleaved);
+      rotate_head(query.at(token, head), c, s, query_out + (token * num_heads + head) * query_dim,
+                  rotary_dim, query_dim, interleaved);
     for (int64_t head = 0; head < num_kv_heads; ++head)
-      rotate(key.at(token, head), c, s, key_out + (token * num_kv_heads + head) * key_dim,
-             rotary_dim, key_dim, interleaved);
+      rotate_head(key.at(token, head), c, s, key_out + (token * num_kv_heads + head) * key_dim,
+                  rotary_dim, key_dim, interleaved);
   }
 }
 

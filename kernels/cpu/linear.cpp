@@ -6,9 +6,9 @@
 // that do not exist are zero. The groups of a gated weight hold 16 outputs of the gate and the same
 // 16 of the up projection.
 //
-// Few rows (a panel of 32) meet a thread's groups in one pass, which memory limits: the weight is
-// prefetched ahead. More rows come panel by panel over parts of the weight that stay in the
-// second-level cache, while the next part is fetched.
+// Rows come in panels of 32. An input that fits into the second-level cache meets two groups at a
+// time, so that the weight is read once, in order and prefetched ahead: memory is the limit. A larger
+// one comes panel by panel over parts of the weight that stay in that cache.
 
 #include <algorithm>
 #include <cstdint>
@@ -20,6 +20,7 @@
 #include "call.h"
 #include "isa.h"
 #include "numbers.h"
+#include "vectors.h"
 
 namespace {
 
@@ -64,16 +65,16 @@ void for_each_pair(int64_t num_rows, int64_t width, bool gated, int num_threads,
 
 }  // namespace
 
-#if defined(__AVX512BF16__) && defined(__x86_64__)
-#include <immintrin.h>
+#ifdef HAVE_VECTORS
 
 namespace {
 
-constexpr int64_t kAhead = 2048;           // bytes that one pass prefetches ahead
-constexpr int64_t kPartBytes = 512 << 10;  // of the weight, while panels pass over it
-constexpr int64_t kBlockSteps = 10;        // steps whose inputs stay in the first-level cache
-constexpr int64_t kInputBytes = 768 << 10;  // of an input that stays in the second-level cache
-constexpr int64_t kStreamBytes = 256 << 10;  // an output from this size on is not kept in the caches
+constexpr int64_t kAhead = 2048;            // bytes that one pass prefetches ahead
+constexpr int64_t kPartGroups = 8;          // of the weight, and
+constexpr int64_t kPartBytes = 768 << 10;   // at most so much, while panels pass over it
+constexpr int64_t kBlockSteps = 10;         // steps whose inputs stay in the first-level cache
+constexpr int64_t kInputBytes = 1 << 20;    // of an input that stays in the second-level cache
+constexpr int64_t kStreamBytes = 256 << 10; // an output from this size on is not kept in the caches
 
 struct Layer {
   const bf16* input;
@@ -97,7 +98,7 @@ struct Prefetch {
   int64_t num_rows = 0, row_stride = 0;
   template <int lines>
   void next(int64_t step) {
-    if (at < end) {
+    if (lines > 0 && at < end) {
       for (int line = 0; line < lines; ++line) _mm_prefetch(at + line * 64, _MM_HINT_T1);
       at += lines * 64;
     }
@@ -220,9 +221,6 @@ void multiply(const Panel& panel, int64_t first_step, const bf16* weight, int64_
   }
 }
 
-inline __m512 widen(__m256i values) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16));
-}
 inline __m512 bias_of(const bf16* bias, __mmask16 valid) {
   return bias ? widen(_mm256_maskz_loadu_epi16(valid, bias)) : _mm512_setzero_ps();
 }
@@ -252,8 +250,6 @@ void store_plain(const Layer& layer, const float* sums, int64_t row, int64_t num
     put(out + r * layer.output_stride, (__m512i)_mm512_cvtne2ps_pbh(b, a), valid, layer.stream);
   }
 }
-
-inline __m512 rounded(__m512 values) { return widen((__m256i)_mm512_cvtneps_pbh(values)); }
 
 // 1 / (1 + e^-x) to about 2^-20: 2^t by a polynomial on [-1/2, 1/2], the reciprocal by one step of
 // Newton's. What is made of it is rounded to bf16.
@@ -338,49 +334,66 @@ T* scratch(int64_t size) {
   return data;
 }
 
-// All rows in one panel, over groups [begin, end).
-void one_pass(const Layer& layer, int64_t begin, int64_t end, bool tiles) {
-  const Panel panel{layer.input, layer.num_rows, layer.input_stride, kInputs,
-                    kHalf * layer.input_stride};
+// All panels over two groups, over the next two, and so on: what is read of the weight for the first
+// panel is still there for the others, and so are the inputs.
+void stream(const Layer& layer, int64_t begin, int64_t end, bool tiles) {
   Prefetch ahead{reinterpret_cast<const char*>(layer.group(begin)) + kAhead,
                  reinterpret_cast<const char*>(layer.group(end))};
   constexpr int64_t kTogether = 2;
   float* sums = scratch<float>(kTogether * kPanel * kOutputs);
-  if (tiles) configure(panel.num_rows);
+  int64_t configured = 0;
   for (int64_t group = begin; group < end; group += kTogether) {
     const int64_t count = std::min(kTogether, end - group);
-    for (int64_t i = 0; i < count; ++i)
-      multiply<32>(panel, 0, layer.group(group + i), layer.num_steps, sums + i * kPanel * kOutputs,
-                   ahead, tiles);
-    store_groups(layer, sums, 0, panel.num_rows, group, count);
+    for (int64_t row = 0; row < layer.num_rows; row += kPanel) {
+      const int64_t num_rows = std::min(kPanel, layer.num_rows - row);
+      if (tiles && num_rows != configured) configure(configured = num_rows);
+      const Panel panel{layer.input + row * layer.input_stride, num_rows, layer.input_stride,
+                        kInputs, kHalf * layer.input_stride};
+      for (int64_t i = 0; i < count; ++i) {
+        float* to = sums + i * kPanel * kOutputs;
+        if (row == 0)
+          multiply<32>(panel, 0, layer.group(group + i), layer.num_steps, to, ahead, tiles);
+        else
+          multiply<0>(panel, 0, layer.group(group + i), layer.num_steps, to, ahead, tiles);
+      }
+      store_groups(layer, sums, row, num_rows, group, count);
+    }
   }
 }
 
-// Panel after panel over groups [begin, end). The next groups, up to `limit`, and the next panel are
-// fetched meanwhile.
-template <int lines>
-void panels(const Layer& layer, int64_t begin, int64_t end, int64_t limit, bool tiles) {
-  float* sums = scratch<float>((end - begin) * kPanel * kOutputs);
-  Prefetch ahead{reinterpret_cast<const char*>(layer.group(end)),
-                 reinterpret_cast<const char*>(layer.group(limit))};
+// Panel after panel over groups [begin, end), as many inputs at a time as stay in the second-level
+// cache with their weight. The next panel is fetched meanwhile.
+void panels(const Layer& layer, int64_t begin, int64_t end, bool tiles) {
+  constexpr int64_t kSums = kPanel * kOutputs;
+  const int64_t num_groups = end - begin, num_panels = (layer.num_rows + kPanel - 1) / kPanel;
+  const int64_t group_bytes = kStepElements * sizeof(bf16);  // of a step
+  const int64_t depth = std::min(layer.num_steps, kPartBytes / (num_groups * group_bytes));
+  // The sums of a panel wait for its next inputs, unless these are all.
+  const int64_t waiting = depth < layer.num_steps ? num_panels : 1;
+  float* all_sums = scratch<float>(waiting * num_groups * kSums);
+  Prefetch ahead{};
   ahead.row_stride = layer.input_stride;
-  const int64_t rows_per_group = (kPanel + end - begin - 1) / (end - begin);
-  for (int64_t row = 0; row < layer.num_rows; row += kPanel) {
-    const int64_t num_rows = std::min(kPanel, layer.num_rows - row);
-    if (tiles && (row == 0 || num_rows < kPanel)) configure(num_rows);
-    const Panel panel{layer.input + row * layer.input_stride, num_rows, layer.input_stride, kInputs,
-                      kHalf * layer.input_stride};
-    for (int64_t step = 0; step < layer.num_steps; step += kBlockSteps) {
-      const int64_t num_steps = std::min(kBlockSteps, layer.num_steps - step);
-      for (int64_t group = begin; group < end; ++group) {
-        const int64_t coming = row + kPanel + (group - begin) * rows_per_group;
-        ahead.num_rows = std::clamp<int64_t>(layer.num_rows - coming, 0, rows_per_group);
-        ahead.rows = layer.input + coming * layer.input_stride + step * kInputs;
-        multiply<lines>(panel, step, layer.group(group) + step * kStepElements, num_steps,
-                        sums + (group - begin) * kPanel * kOutputs, ahead, tiles);
+  const int64_t rows_per_group = (kPanel + num_groups - 1) / num_groups;
+  for (int64_t first = 0; first < layer.num_steps; first += depth) {
+    const int64_t last = std::min(layer.num_steps, first + depth);
+    for (int64_t index = 0; index < num_panels; ++index) {
+      const int64_t row = index * kPanel, num_rows = std::min(kPanel, layer.num_rows - row);
+      if (tiles && (index == 0 || num_rows < kPanel)) configure(num_rows);
+      const Panel panel{layer.input + row * layer.input_stride, num_rows, layer.input_stride,
+                        kInputs, kHalf * layer.input_stride};
+      float* sums = all_sums + (waiting > 1 ? index * num_groups * kSums : 0);
+      for (int64_t step = first; step < last; step += kBlockSteps) {
+        const int64_t num_steps = std::min(kBlockSteps, last - step);
+        for (int64_t group = 0; group < num_groups; ++group) {
+          const int64_t coming = row + kPanel + group * rows_per_group;
+          ahead.num_rows = std::clamp<int64_t>(layer.num_rows - coming, 0, rows_per_group);
+          ahead.rows = layer.input + coming * layer.input_stride + step * kInputs;
+          multiply<0>(panel, step, layer.group(begin + group) + step * kStepElements, num_steps,
+                      sums + group * kSums, ahead, tiles);
+        }
       }
+      if (last == layer.num_steps) store_groups(layer, sums, row, num_rows, begin, num_groups);
     }
-    store_groups(layer, sums, row, num_rows, begin, end - begin);
   }
 }
 
@@ -394,24 +407,12 @@ void run(const Layer& layer, int64_t num_groups, int num_threads) {
       return std::min(num_groups, (num_groups * part / threads + 1) / 2 * 2);
     };
     const int64_t begin = share(thread), end = thread + 1 == threads ? num_groups : share(thread + 1);
-    if (layer.num_rows <= kPanel) {
-      if (begin < end) one_pass(layer, begin, end, tiles);
+    const int64_t row_bytes = layer.num_steps * kInputs * sizeof(bf16);
+    if (layer.num_rows * row_bytes <= kInputBytes) {
+      if (begin < end) stream(layer, begin, end, tiles);
     } else {
-      const int64_t group_bytes = layer.num_steps * kStepElements * sizeof(bf16);
-      const int64_t input_bytes = layer.num_rows * layer.num_steps * kInputs * sizeof(bf16);
-      const int64_t part =
-          input_bytes <= kInputBytes ? 2 : std::max<int64_t>(1, kPartBytes / group_bytes / 2) * 2;
-      for (int64_t at = begin; at < end; at += part) {
-        const int64_t stop = std::min(end, at + part), limit = std::min(end, stop + part);
-        if (layer.num_rows <= 2 * kPanel)
-          panels<16>(layer, at, stop, limit, tiles);
-        else if (layer.num_rows <= 4 * kPanel)
-          panels<8>(layer, at, stop, limit, tiles);
-        else if (layer.num_rows <= 8 * kPanel)
-          panels<4>(layer, at, stop, limit, tiles);
-        else
-          panels<2>(layer, at, stop, limit, tiles);
-      }
+      for (int64_t at = begin; at < end; at += kPartGroups)
+        panels(layer, at, std::min(end, at + kPartGroups), tiles);
     }
     if (layer.stream) _mm_sfence();
     if (tiles) release_tiles();
@@ -444,7 +445,7 @@ extern "C" void unpack_weight(const bf16* packed, bf16* weight, int64_t num_rows
 extern "C" void linear(const bf16* input, int64_t input_stride, const bf16* packed,
                        const bf16* bias, bf16* output, int64_t output_stride, int64_t num_rows,
                        int64_t num_outputs, int64_t width, int epilogue, int num_threads) {
-#if defined(__AVX512BF16__) && defined(__x86_64__)
+#ifdef HAVE_VECTORS
   if (num_rows == 0) return;  // no tile has no rows
   const bool gated = epilogue != kPlain;
   const bool lines = reinterpret_cast<uintptr_t>(output) % 64 == 0 && output_stride % 32 == 0 &&

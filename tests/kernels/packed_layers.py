@@ -14,6 +14,9 @@ needs_tiles = pytest.mark.skipif(TILES is not None, reason=f"no layout of our ow
 LEVELS = cpu.ISA_LEVELS[1:]
 # One row, around groups of four rows, around a tile, around a panel, and several panels.
 ROWS = (1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 300)
+# Rows and [outputs, inputs] of inputs that do not fit into the second-level cache: the weight comes
+# in parts of groups and, from 49 steps on, of steps. The last panels have 12, 25, 32 and 24 rows.
+LARGE = [(300, (400, 1792)), (313, (257, 1792)), (320, (33, 1792)), (600, (100, 896))]
 GUARD = 77.0
 
 

@@ -18,6 +18,7 @@ from kernel_helpers import (  # noqa: F401 - settings_are_restored is a fixture 
 )
 from packed_layers import (
     BF16,
+    LARGE,
     LEVELS,
     ROWS,
     exact_sums,
@@ -33,8 +34,8 @@ ACTIVATIONS = ("silu", "gelu_tanh")
 EPILOGUE = {"silu": 1, "gelu_tanh": 2}
 
 # [outputs, inputs]: a group holds 16 outputs, and two groups are stored together; as in
-# test_packed_linear.py, with six groups that the panels pass over together.
-SHAPES = [(1, 32), (15, 64), (16, 96), (17, 352), (33, 896), (100, 352), (115, 1344)]
+# test_packed_linear.py.
+SHAPES = [(1, 32), (15, 64), (16, 96), (17, 352), (33, 896), (100, 352), (200, 1792)]
 WIDE = (4864, 32)
 
 
@@ -107,6 +108,12 @@ def test_every_output_is_the_right_product(level, activation, shape, rows):
         layer.check(layer.run(activation), activation)
 
 
+@pytest.mark.parametrize(("rows", "shape"), LARGE, ids=str)
+def test_inputs_of_more_than_a_megabyte(level, activation, rows, shape):
+    layer = Layer(shape, rows)
+    layer.check(layer.run(activation), activation)
+
+
 @pytest.mark.parametrize("rows", [1, 27, 33, 65])
 def test_large_outputs_go_past_the_caches(level, activation, rows):
     layer = Layer(WIDE, rows)
@@ -141,7 +148,7 @@ def test_what_lies_around_the_input_and_the_bias_is_not_read(level, activation, 
 
 
 @pytest.mark.parametrize("rows", [1, 32, 100])
-@pytest.mark.parametrize("shape", [(17, 96), (100, 352), (115, 1344), WIDE], ids=str)
+@pytest.mark.parametrize("shape", [(17, 96), (100, 352), (200, 1792), WIDE], ids=str)
 @pytest.mark.parametrize("num_threads", [2, 3, 9])
 def test_threads_share_the_outputs(level, num_threads, shape, rows):
     layer = Layer(shape, rows)
@@ -150,7 +157,7 @@ def test_threads_share_the_outputs(level, num_threads, shape, rows):
     assert torch.equal(layer.run("silu"), expected)
 
 
-@pytest.mark.parametrize("shape", [(17, 352), (115, 1344)], ids=str)
+@pytest.mark.parametrize("shape", [(17, 352), (200, 1792)], ids=str)
 def test_a_row_has_the_same_bits_whatever_rows_are_with_it(level, activation, shape):
     outputs, width = shape
     packed = pack((randn(2 * outputs, width) / width**0.5).to(BF16), "gated_tiles")

@@ -18,6 +18,7 @@ from kernel_helpers import (  # noqa: F401 - settings_are_restored is a fixture 
 )
 from packed_layers import (
     BF16,
+    LARGE,
     LEVELS,
     ROWS,
     exact_sums,
@@ -32,8 +33,8 @@ PACKED = why_not_packed(torch.empty(1, 32, dtype=BF16))
 needs_packing = pytest.mark.skipif(PACKED is not None, reason=f"nothing is packed here: {PACKED}")
 
 # [outputs, inputs]: one group and step, parts of groups, odd numbers of groups, more steps than are
-# multiplied at once (352, 1024), more groups than pass the panels together (1344: six).
-SHAPES = [(1, 32), (16, 64), (31, 96), (32, 352), (33, 896), (100, 1024), (230, 1344)]
+# multiplied at once (352, 1024), and a weight of which 300 rows meet a part at a time (1792).
+SHAPES = [(1, 32), (16, 64), (31, 96), (32, 352), (33, 896), (100, 1024), (400, 1792)]
 # From 256 KiB of output on, whole cache lines are written past the caches.
 WIDE = (9728, 32)
 
@@ -63,6 +64,14 @@ def test_every_output_is_the_right_sum(level, shape, rows):
     for given in (None, bias):
         output = packed_linear_cpu(input, packed, given, shape[0])
         assert torch.equal(output, exact_sums(input, weight, given))
+
+
+@needs_tiles
+@pytest.mark.parametrize(("rows", "shape"), LARGE, ids=str)
+def test_inputs_of_more_than_a_megabyte(level, rows, shape):
+    input, weight, bias = integers(rows, shape[1], seed=1), integers(*shape), integers(shape[0])
+    output = guarded(input, pack(weight), bias, shape[0])
+    assert torch.equal(output, exact_sums(input, weight, bias))
 
 
 @needs_tiles
@@ -98,7 +107,7 @@ def test_what_lies_around_the_input_and_the_bias_is_not_read(level, shape, rows)
 
 @needs_tiles
 @pytest.mark.parametrize("rows", [1, 32, 100])
-@pytest.mark.parametrize("shape", [(31, 96), (100, 352), (230, 1344), WIDE], ids=str)
+@pytest.mark.parametrize("shape", [(31, 96), (100, 352), (400, 1792), WIDE], ids=str)
 @pytest.mark.parametrize("num_threads", [2, 3, 9])
 def test_threads_share_the_outputs(level, num_threads, shape, rows):
     torch.set_num_threads(num_threads)
@@ -123,7 +132,7 @@ def test_it_is_accurate_at_every_level(level, with_bias, shape, rows):
 
 
 @needs_tiles
-@pytest.mark.parametrize("shape", [(33, 352), (100, 1024), (230, 1344)], ids=str)
+@pytest.mark.parametrize("shape", [(33, 352), (100, 1024), (400, 1792)], ids=str)
 def test_a_row_has_the_same_bits_whatever_rows_are_with_it(level, shape):
     _, bias, packed = layer(shape)
     input = randn(300, shape[1], dtype=BF16, seed=1)
