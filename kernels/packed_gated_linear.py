@@ -13,9 +13,9 @@ import torch.nn.functional as F
 
 from . import cpu
 from .gated_activation import gelu_mul_reference, silu_mul_reference
-from .packed_linear import linear_over_tiles
+from .packed_linear import linear_over_tiles, tiles_refuse
 from .packing import unpack
-from .registry import CallSite, register
+from .registry import register
 
 # As cpu/linear.cpp counts them.
 _EPILOGUES = {"silu": 1, "gelu_tanh": 2}
@@ -68,9 +68,5 @@ def check_activation(activation: str) -> None:
         raise ValueError(f"activation must be one of {list(_EPILOGUES)}, got {activation!r}")
 
 
-def cpu_refuses(call: CallSite) -> str | None:
-    return cpu.refuses(call, "input")
-
-
 register("fastgen::packed_gated_linear", "reference", packed_gated_linear_reference)
-register("fastgen::packed_gated_linear", "cpu", packed_gated_linear_cpu, cpu_refuses)
+register("fastgen::packed_gated_linear", "cpu", packed_gated_linear_cpu, tiles_refuse)

@@ -37,13 +37,15 @@ def linear_over_tiles(
     epilogue: int,
 ) -> torch.Tensor:
     """Call the C++ kernel; epilogue: as cpu/linear.cpp counts them."""
-    if not input.is_contiguous() and (input.dim() != 2 or input.stride(1) != 1):
-        input = input.contiguous()
     *leading, width = input.shape
+    if input.dim() != 2 or input.stride(1) != 1:
+        input = input.contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
     output = input.new_empty((*leading, out_features))
     cpu.function("linear", "pipppiiiibb")(
         input.data_ptr(),
-        input.stride(-2) if input.dim() > 1 else width,
+        input.stride(0) if input.dim() == 2 else width,  # dimensions of one element lie anyhow
         weight.data_ptr(),
         None if bias is None else bias.data_ptr(),
         output.data_ptr(),
@@ -84,7 +86,20 @@ def onednn_refuses(call: CallSite) -> str | None:
 def cpu_refuses(call: CallSite) -> str | None:
     if call.args["weight"].dim() == 2:
         return "the weight has oneDNN's layout"
-    return cpu.refuses(call, "input")
+    return tiles_refuse(call)
+
+
+def tiles_refuse(call: CallSite) -> str | None:
+    """Why the C++ kernel over our own layouts cannot take a call."""
+    if (why := cpu.refuses(call)) is not None:
+        return why
+    for name in ("input", "weight", "bias"):
+        tensor = call.args[name]
+        if tensor is not None and tensor.dtype != torch.bfloat16:
+            return f"{name} is {str(tensor.dtype).removeprefix('torch.')}"
+    if cpu.isa() == "generic":
+        return "the C++ kernels have no bf16 instructions here"
+    return None
 
 
 register("fastgen::packed_linear", "reference", packed_linear_reference)

@@ -87,14 +87,27 @@ def pack(
     Args:
         weight: [out_features, in_features] bf16 on the CPU. layout: Default: the best one for it.
         out: What to write it to (of `packed_shape`); oneDNN's layout takes memory of its own.
+    Raises: ValueError for a weight that cannot have the layout, or an `out` that is not it.
     """
     plain = weight.detach()
+    why = why_not_packed(plain)
     layout = layout or layout_of(plain)
+    if why is None and layout != "onednn":
+        why = why_not_tiles(plain)
+    if why is None and layout == "gated_tiles" and plain.shape[0] % 2:
+        why = f"it has {plain.shape[0]} rows, which are no two halves"
+    if why is not None:
+        raise ValueError(f"a weight {list(plain.shape)} cannot be packed as {layout}: {why}")
     if layout == "onednn":
         return torch.ops.mkldnn._reorder_linear_weight(plain, _ROWS)
     plain = plain if plain.stride(1) == 1 else plain.contiguous()
+    shape = packed_shape(plain.shape, layout)
     if out is None:
-        out = torch.empty(packed_shape(plain.shape, layout), dtype=plain.dtype)
+        out = torch.empty(shape, dtype=plain.dtype)
+    elif out.shape != shape or out.dtype != plain.dtype or not out.is_contiguous():
+        raise ValueError(
+            f"out must be {list(shape)} bf16, contiguous, got {list(out.shape)} {out.dtype}"
+        )
     cpu.function("pack_weight", "pipiibb")(
         plain.data_ptr(),
         plain.stride(0),
@@ -109,10 +122,18 @@ def pack(
 @torch.inference_mode(False)
 @torch.no_grad()
 def unpack(packed: torch.Tensor, layout: Layout, out_features: int) -> torch.Tensor:
-    """The plain weight [out_features, in_features]."""
+    """The plain weight [out_features, in_features].
+
+    Raises: ValueError for a packed weight of another number of outputs.
+    """
     if layout == "onednn":
         return packed.to_dense()
     width = packed.shape[1] * _INPUTS
+    shape = packed_shape(torch.Size((out_features, width)), layout)
+    if packed.shape != shape:
+        raise ValueError(
+            f"{out_features} outputs in {layout} are {list(shape)}, got {list(packed.shape)}"
+        )
     plain = torch.empty((out_features, width), dtype=packed.dtype)
     cpu.function("unpack_weight", "ppiibb")(
         packed.data_ptr(),

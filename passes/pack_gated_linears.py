@@ -17,7 +17,7 @@ from torch import fx
 
 from .graph import CapturedGraph
 from .pack_linears import packed_input, refusal_to_pack
-from .pattern import aten, calls, value_of
+from .pattern import aten, calls, mutation_between, value_of
 from .report import PassReport
 
 fastgen = torch.ops.fastgen
@@ -29,7 +29,7 @@ def pack_gated_linears(captured: CapturedGraph) -> PassReport:
     for node in list(captured.graph.nodes):
         if node.target not in (fastgen.silu_mul.default, fastgen.gelu_mul.default):
             continue
-        linear, why = _linear_behind(*node.args[:2])
+        linear, why = _linear_behind(node)
         if node.target is fastgen.gelu_mul.default and not node.args[2]:
             why = "the exact GELU is not part of the kernel"
         why = why or refusal_to_pack(captured, linear.all_input_nodes[1], "gated_tiles")
@@ -56,26 +56,32 @@ def pack_gated_linears(captured: CapturedGraph) -> PassReport:
     return report
 
 
-def _linear_behind(gate: fx.Node, up: fx.Node) -> tuple[fx.Node, str | None]:
+def _linear_behind(product: fx.Node) -> tuple[fx.Node, str | None]:
     """The linear whose first half is the gate and whose second half is up; or why there is none."""
+    gate, up = product.args[:2]
+    assert isinstance(gate, fx.Node)
+    assert isinstance(up, fx.Node)
     (source, gate_rows), (other, up_rows) = _rows(gate), _rows(up)
     if source is None or source is not other or not calls(source, aten.linear.default):
         return gate, "gate and up are not parts of one linear"
     width = value_of(source).shape[-1]
     if (gate_rows, up_rows) != ((0, width // 2), (width // 2, width)):
         return gate, f"of {width} outputs the gate is {gate_rows}, up {up_rows}: not the halves"
-    views = {gate, up, *gate.all_input_nodes, *up.all_input_nodes} - {source}
-    products = set(gate.users) & set(up.users)
-    if any(set(view.users) - views - products for view in (source, *views)):
+    views = {gate, up, *(part.args[0] for part in (gate, up))} - {source}
+    readers = {user for view in (*views, source) for user in view.users}
+    if readers - views != {product}:
         return gate, "others read the two projections, too"
-    return source, None
+    return source, mutation_between(source, product)
 
 
 def _rows(part: fx.Node) -> tuple[fx.Node | None, tuple[int, int]]:
     """What a node takes a part of along the last dimension, and which."""
     last = value_of(part).dim() - 1
     if calls(part, aten.slice.Tensor) and part.args[1] in (-1, last) and len(part.args) == 4:
-        return part.args[0], tuple(part.args[2:])  # pyright: ignore
+        source, _, start, end = part.args
+        if isinstance(start, int | None) and isinstance(end, int | None):
+            first, stop, _ = slice(start, end).indices(value_of(source).shape[-1])
+            return source, (first, stop)  # pyright: ignore
     if part.target is operator.getitem and calls(part.args[0], *_SPLITS):
         split, index = part.args
         if len(split.args) == 3 and split.args[2] in (-1, last):  # pyright: ignore

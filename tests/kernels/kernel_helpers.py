@@ -4,11 +4,32 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastgen.kernels import CallSite, implementations
+from fastgen.kernels import CallSite, cpu, implementations
 
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
 )
+
+
+def force(level: str) -> None:
+    """Let the C++ kernels use these instructions; skip where the machine does not have them."""
+    highest = cpu.ISA_LEVELS[cpu.library().highest_isa()]
+    if cpu.ISA_LEVELS.index(level) > cpu.ISA_LEVELS.index(highest):
+        pytest.skip(f"this machine has {highest}, not {level}")
+    cpu.library().set_isa(cpu.ISA_LEVELS.index(level))
+
+
+@pytest.fixture(autouse=True)
+def settings_are_restored():
+    """One thread unless a test says otherwise: many only wait for each other on a busy machine."""
+    if cpu.why_missing() is not None:
+        yield
+        return
+    level, threads = cpu.isa(), torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    force(level)
 
 
 def every_implementation(op: str):

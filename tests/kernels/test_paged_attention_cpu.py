@@ -6,29 +6,12 @@ import pytest
 import torch
 from fastgen.kernels import CallSite, cpu
 from fastgen.kernels.paged_attention import cpu_refuses
+from kernel_helpers import force, settings_are_restored  # noqa: F401 - a fixture for all
 from paged_steps import MIXED, Case, Sequence
 
 pytestmark = pytest.mark.skipif(
     cpu.why_missing() is not None, reason=f"no C++ kernels here: {cpu.why_missing()}"
 )
-
-
-def force(level: str) -> None:
-    """Skip where the machine does not have it."""
-    highest = cpu.ISA_LEVELS[cpu.library().highest_isa()]
-    if cpu.ISA_LEVELS.index(level) > cpu.ISA_LEVELS.index(highest):
-        pytest.skip(f"this machine has {highest}, not {level}")
-    cpu.library().set_isa(cpu.ISA_LEVELS.index(level))
-
-
-@pytest.fixture(autouse=True)
-def settings_are_restored():
-    """One thread unless a test says otherwise: many only wait for each other on a busy machine."""
-    level, threads = cpu.isa(), torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    force(level)
 
 
 @pytest.fixture(params=["fp32", *(f"bf16-{level}" for level in cpu.ISA_LEVELS)])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from fastgen.kernels import attention
+from fastgen.kernels.packing import pack
 from fastgen.passes import CapturedGraph, InputSpec, MergePlan
 from fastgen.passes.graph import fake_mode_of
 from torch import fx, nn
@@ -41,7 +42,7 @@ def lift(
 
 
 def evaluate(captured: CapturedGraph, module: nn.Module, *batch: torch.Tensor) -> torch.Tensor:
-    """Run a graph on real numbers; merged weights are made by concatenation."""
+    """Run a graph on real numbers; merged weights are concatenated, packed ones packed here."""
     captured.module.recompile()
     plans = {plan.name: plan for plan in captured.merges}
     given = iter(batch)
@@ -54,9 +55,11 @@ def evaluate(captured: CapturedGraph, module: nn.Module, *batch: torch.Tensor) -
                 values.append(module.get_buffer(spec.target))
             case "constant":
                 values.append(captured.constants[spec.target])
-            case "merged":
-                members = plans[spec.target].members
-                values.append(torch.cat([module.get_parameter(name) for name in members]))
+            case "merged" | "packed":
+                plan = plans.get(spec.target)
+                members = (spec.target,) if plan is None else plan.members
+                weight = torch.cat([module.get_parameter(name) for name in members])
+                values.append(weight if spec.kind == "merged" else pack(weight, spec.layout))
             case _:
                 values.append(next(given))
     with torch.no_grad():

@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from fastgen.kernels.packed_linear import pack, why_not_packed
+from fastgen.kernels import CallSite, select
+from fastgen.kernels.packing import pack, why_not_packed, why_not_tiles
 from fastgen.passes import InputSpec, run_passes
-from fastgen.passes.pack_linears import pack_linears, packed_bytes
+from fastgen.passes.pack_linears import pack_linears, packed_bytes, refusal_to_pack
 from tiny_models import tiny_model
 
 import fastgen
@@ -18,9 +19,14 @@ from fastgen.compiled import compile_graph
 
 BF16 = torch.bfloat16
 pytestmark = pytest.mark.skipif(
-    (reason := why_not_packed(torch.empty(1, 1, dtype=BF16))) is not None,
+    (reason := why_not_packed(torch.empty(1, 32, dtype=BF16))) is not None,
     reason=f"weights are not packed here: {reason}",
 )
+
+
+NAMES = ("input", "weight", "bias", "out_features")
+# Whether there is a layout of our own here; else oneDNN packs.
+TILES = why_not_tiles(torch.empty(1, 32, dtype=BF16)) is None
 
 
 def captured(family="qwen2", budget=sys.maxsize, dtype=BF16):
@@ -42,7 +48,9 @@ def test_every_linear_is_packed_and_none_is_left():
     graph = captured()
     rewritten, _ = run_passes(graph)
     # 2 layers of qkv, o, gate/up and down, and the head.
-    assert len(linears(rewritten, torch.ops.fastgen.packed_linear.default)) == 9
+    gated = linears(rewritten, torch.ops.fastgen.packed_gated_linear.default)
+    assert len(gated) == (2 if TILES else 0)
+    assert len(linears(rewritten, torch.ops.fastgen.packed_linear.default)) == 9 - len(gated)
     assert linears(rewritten, torch.ops.aten.linear.default) == []
     kinds = [spec.kind for spec in rewritten.inputs.values()]
     assert kinds.count("packed") == 9
@@ -69,7 +77,8 @@ def test_a_tied_head_is_packed_beside_its_embedding():
     (embedding,) = linears(graph, torch.ops.aten.embedding.default)
     shared = graph.inputs[embedding.args[0].name]
     assert shared.kind == "parameter"
-    assert InputSpec("packed", shared.target) in graph.inputs.values()
+    layout = "tiles" if TILES else "onednn"
+    assert InputSpec("packed", shared.target, layout) in graph.inputs.values()
 
 
 def test_a_weight_used_twice_is_packed_once():
@@ -109,8 +118,8 @@ def test_a_computed_weight_is_refused():
 @pytest.mark.parametrize("budget", [0, 20_000, 60_000])
 def test_copies_stay_within_the_budget(budget):
     graph = captured(budget=budget)
-    rewritten, report = run_passes(graph)
-    report = next(item for item in report.passes if item.name == "pack_linears")
+    rewritten, reports = run_passes(graph, ("pack_gated_linears",))
+    report = next(item for item in reports.passes if item.name == "pack_linears")
     assert packed_bytes(rewritten) <= budget
     assert report.matches + len(report.refused) == 9
     assert report.refused
@@ -122,12 +131,16 @@ def test_logits_equal_the_plain_ones_to_rounding():
     """The op over packed weights and aten's linear, node by node, on the same input."""
     graph = captured()
     rewritten, _ = run_passes(graph)
-    for node in linears(rewritten, torch.ops.fastgen.packed_linear.default):
-        out_features, in_features = node.args[1].meta["val"].shape
+    nodes = linears(rewritten, torch.ops.fastgen.packed_linear.default)
+    assert len({node.args[3] for node in nodes}) == 2, "outputs of qkv and head, of o and down"
+    for node in nodes:
+        out_features, in_features = node.args[3], node.args[0].meta["val"].shape[-1]
         generator = torch.Generator().manual_seed(out_features)
         weight = torch.randn(out_features, in_features, generator=generator).to(BF16)
         input = torch.randn(13, in_features, generator=generator).to(BF16)
-        packed = torch.ops.fastgen.packed_linear(input, pack(weight), None)
+        arguments = input, pack(weight), None, out_features
+        site = CallSite(input.device, dict(zip(NAMES, arguments, strict=True)))
+        packed = select("fastgen::packed_linear", site).implementation.function(*arguments)
         torch.testing.assert_close(packed, F.linear(input, weight))
 
 
@@ -148,3 +161,31 @@ def test_it_can_be_switched_off_by_name():
     assert report_of(captured(), ("pack_linears",)).status == "off"
     with pytest.raises(ValueError, match="passes_off may name"):
         compile_graph(captured(), ("pack_linear",))
+
+
+def test_a_copy_counts_with_the_outputs_that_pad_it():
+    model = tiny_model("llama", dtype=BF16, vocab_size=100)
+    graph = capture(model)
+    head = linears(graph, torch.ops.aten.linear.default)[-1].args[1]
+    if not TILES:
+        pytest.skip("oneDNN's copies are as large as the weight")
+    graph.pack_budget_bytes = 128 * 64 * 2 - 1
+    assert "takes 16384 bytes, and 16383 are left" in str(refusal_to_pack(graph, head))
+    graph.pack_budget_bytes += 1
+    assert refusal_to_pack(graph, head) is None
+
+
+@pytest.mark.skipif(not TILES, reason="there is no layout of our own here")
+def test_a_width_without_tiles_goes_to_onednn():
+    model = tiny_model("llama", dtype=BF16, intermediate_size=80)
+    graph = capture(model)
+    graph.pack_budget_bytes = sys.maxsize
+    report = pack_linears(graph)
+    layouts = {spec.target: spec.layout for spec in graph.inputs.values() if spec.kind == "packed"}
+    down = {name for name, layout in layouts.items() if layout == "onednn"}
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        assert report.refused == []
+        assert down == {f"model.layers.{i}.mlp.down_proj.weight" for i in range(2)}
+    else:
+        assert down == set()
+        assert {"80 inputs" in why for _, why in report.refused} == {True}
