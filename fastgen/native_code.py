@@ -84,7 +84,7 @@ def _record(run: _Run, node: fx.Node) -> str | None:
 
 
 def _recorded(run: _Run, node: fx.Node) -> Any:
-    """What a node makes of the run's values; its kernels are recorded. Raises NotRecordableError."""
+    """What a node makes of the run's values, its kernels recorded. Raises: NotRecordableError."""
     if node.target is torch.as_strided and node.args[0] in run.values:
         base, size, stride, offset = node.args
         layout = [[_number(run, item) for item in part] for part in (size, stride)]  # pyright: ignore

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import itertools
 import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -142,6 +143,13 @@ class Value:
             )
         )
 
+    def _is_in_order(self) -> bool:
+        """Whether a tensor like this one is contiguous, as torch lays it out."""
+        strides = self.strides
+        return all(isinstance(stride, int) for stride in strides) and all(
+            outer > inner for outer, inner in itertools.pairwise((*strides, 0))
+        )
+
     def contiguous(self) -> Value:
         if not self.is_contiguous():
             raise NotRecordableError("a copy of a strided value")
@@ -159,7 +167,9 @@ class Value:
         raise NotRecordableError(f"{name} of a tensor")
 
     @classmethod
-    def __torch_function__(cls, function: Any, *_: Any) -> Any:
+    def __torch_function__(cls, function: Any, _: Any, args: Any, kwargs: Any = None) -> Any:
+        if function is torch.empty_like and not kwargs and args[0]._is_in_order():
+            return args[0].new_empty(args[0].shape)
         raise NotRecordableError(f"torch.{function.__name__}")
 
     _compute = _refuses("arithmetic of tensors")
@@ -414,7 +424,7 @@ class Program:
         )
 
     def _take(self, tensors: tuple[torch.Tensor, ...], scalars: list[int]) -> None:
-        """Note where tensors lie; one that the last run had, too, as most are, lies where it lay."""
+        """Note where tensors lie; one that the last run had, as most, lies where it lay."""
         known, self._tensors = self._tensors, ()  # nothing is known if one does not fit
         before, self._scalars = self._scalars, scalars
         changed = {
@@ -439,9 +449,8 @@ def _check(tensor: torch.Tensor, value: Value, scalars: Sequence[int]) -> None:
     """A tensor must be as it was recorded: the kernels trust its dtype, sizes and strides."""
     shape = [_evaluate(size, scalars) for size in value.shape]
     strides = [_evaluate(stride, scalars) for stride in value.strides]
-    assert tensor.dtype == value.dtype and list(tensor.shape) == shape, (
-        f"a tensor is {tensor.dtype} {list(tensor.shape)}, not {value.dtype} {shape}"
-    )
+    found, expected = (tensor.dtype, *tensor.shape), (value.dtype, *shape)
+    assert found == expected, f"a tensor is {found}, not {expected}"
     for size, stride, recorded in zip(shape, tensor.stride(), strides, strict=True):
         assert size <= 1 or stride == recorded or not tensor.numel(), (
             f"a tensor {shape} has the strides {list(tensor.stride())}, not {strides}"
