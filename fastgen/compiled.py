@@ -50,8 +50,9 @@ class CompiledForward:
         fold_views(lowered.graph)
         self.lowered = lowered.module
         running = lowered.copy()
-        self._programs = compile_programs(running.graph)
+        self._programs, left = compile_programs(running.graph)
         report.facts["programs"] = [program.num_calls for program in self._programs]
+        report.facts["not_in_programs"] = left
         running.module.recompile()
         self._forward = running.module.forward
         specs = list(self.inputs.values())

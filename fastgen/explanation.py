@@ -71,6 +71,12 @@ class Explanation:
             for name, entry in chosen.items():
                 lines.append(f"  kernel        {op} x {entry['calls']}: {name}")
                 lines.extend(f"    not {who}: {why}" for who, why in entry["refused"].items())
+        programs: list[int] = self.report.facts["programs"]
+        left: dict[str, int] = self.report.facts["not_in_programs"]
+        if programs or left:
+            word = "program" if len(programs) == 1 else "programs"
+            lines.append(f"  native        {len(programs)} {word} of {sum(programs)} kernels")
+            lines.extend(f"    from Python {count} x {why}" for why, count in left.items())
         packed = self.report.facts["packed_bytes"]
         lines.append(
             f"  weights       epoch {self.weight_epoch}, checked: {self.config.weight_check}; "

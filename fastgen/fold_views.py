@@ -30,12 +30,10 @@ def fold_views(graph: fx.Graph) -> None:
     Sizes and strides are those that were traced; they must be numbers or one of the sizes that the
     graph computes, or the chain stays as it is.
     """
-    sizes = {
-        node.meta["val"].node.expr: node
-        for node in graph.nodes
-        if isinstance(node.meta.get("val"), torch.SymInt)
-    }
+    sizes: dict[Any, fx.Node] = {}  # that are known where the loop stands
     for node in list(graph.nodes):
+        if isinstance(value := node.meta.get("val"), torch.SymInt):
+            sizes.setdefault(value.node.expr, node)
         if node.target not in _VIEWS or all(user.target in _VIEWS for user in node.users):
             continue
         base, offset = _base_and_offset(node)
@@ -48,7 +46,8 @@ def fold_views(graph: fx.Graph) -> None:
             folded = graph.call_function(torch.as_strided, (base, *layout, offset))
         folded.meta = dict(node.meta)
         node.replace_all_uses_with(folded)
-    graph.eliminate_dead_code()
+    # Kernels stay, whoever reads their results: torch.fx cannot know which of them write.
+    graph.eliminate_dead_code(lambda node: _is_kernel(node) or node.is_impure())
 
 
 def _base_and_offset(node: fx.Node) -> tuple[fx.Node, int | None]:
@@ -67,18 +66,17 @@ def _base_and_offset(node: fx.Node) -> tuple[fx.Node, int | None]:
 
 
 def _skipped(node: fx.Node, value: torch.Tensor) -> int | None:
-    """How many elements of its input's memory a view leaves out at the start."""
+    """How many elements of its input's memory a view leaves out at the start; None: unknown."""
+    if node.kwargs:
+        return None
     if node.target is aten.reshape.default:
         return 0 if value.is_contiguous() else None
     if node.target not in (aten.slice.Tensor, aten.select.int):
         return 0
-    dim: int = node.args[1]  # pyright: ignore
-    first = node.args[2] if len(node.args) > 2 else 0
-    stride = value.stride(dim)
-    if first is None:
-        first = 0
-    if first == 0:
+    dim, first = (*node.args[1:3], *(0, 0)[len(node.args) - 1 :])
+    if first is None or (isinstance(first, int) and first == 0):
         return 0
+    stride = value.stride(dim)  # pyright: ignore
     known = isinstance(first, int) and first >= 0 and isinstance(stride, int)
     return first * stride if known else None  # pyright: ignore
 
@@ -89,9 +87,13 @@ def _is_fresh(node: fx.Node) -> bool:
     return (
         node.op == "call_function"
         and isinstance(value, torch.Tensor)
-        and getattr(node.target, "__module__", "").startswith("fastgen.")
+        and _is_kernel(node)
         and value.is_contiguous()
     )
+
+
+def _is_kernel(node: fx.Node) -> bool:
+    return (getattr(node.target, "__module__", None) or "").startswith("fastgen.")
 
 
 def _layout(value: torch.Tensor, sizes: dict[Any, fx.Node]) -> tuple[list, list] | None:

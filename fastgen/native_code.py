@@ -9,6 +9,7 @@ a layout it would have to copy stays a call of its own, and ends the run.
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,53 +33,67 @@ class _Run:
     last: fx.Node | None = None
 
 
-def compile_programs(graph: fx.Graph) -> list[Program]:
-    """Replace runs of kernel calls by programs, in place; returns the programs."""
+def compile_programs(graph: fx.Graph) -> tuple[list[Program], dict[str, int]]:
+    """Replace runs of kernel calls by programs, in place.
+
+    Returns: the programs, and how many recordable calls are in none of them, by kernel and reason.
+    """
     programs: list[Program] = []
+    left: Counter[str] = Counter()
     run = _Run()
     for node in list(graph.nodes):
-        if node.op != "call_function":
-            if node.op == "output":
-                _close(graph, run, programs)
+        if node.op == "output":
+            _close(graph, run, programs, left)
+        if node.op != "call_function" or node in run.values or _record(run, node) is None:
             continue
-        if _record(run, node):
-            run.last = node
-        elif any(read in run.values for read in node.all_input_nodes) or _writes(node):
-            _close(graph, run, programs)
+        if any(read in run.values for read in node.all_input_nodes) or _writes(node):
+            _close(graph, run, programs, left)
             run = _Run()
-            if _record(run, node):
-                run.last = node
-    return programs
+            why = _record(run, node)
+            if why is not None and _is_recordable(node):
+                left[f"{_name(node)}: {why}"] += 1
+    return programs, dict(left)
 
 
-def _record(run: _Run, node: fx.Node) -> bool:
-    """Take a node into the run, if it is a recordable kernel or a view of what one made."""
-    if node.target is operator.getitem:
-        if node.args[0] not in run.values:
-            return False
-        run.values[node] = run.values[node.args[0]][node.args[1]]  # pyright: ignore
-        return True
-    if node.target is torch.as_strided:
-        base, *layout = node.args
-        if base not in run.values:
-            return False
-        try:
-            sizes = [[_number(run, item) for item in part] for part in layout[:2]]  # pyright: ignore
-            run.values[node] = run.values[base].as_strided(*sizes, layout[2])
-        except NotRecordableError:
-            return False
-        return True
-    if not getattr(node.target, "recordable", False):
-        return False
-    recorded = len(run.recorder.calls)
+def _is_recordable(node: fx.Node) -> bool:
+    return getattr(node.target, "recordable", False)
+
+
+def _name(node: fx.Node) -> str:
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def _record(run: _Run, node: fx.Node) -> str | None:
+    """Take a node into the run, if it is a recordable kernel or a view of what one made.
+
+    Returns: None, or why it is not taken; then the run is as it was.
+    """
+    num_externals = len(run.externals)
     try:
-        arguments = fx.map_arg(node.args, lambda argument: _value(run, argument))
-        with recording(run.recorder):
-            run.values[node] = node.target(*arguments)  # pyright: ignore
-    except NotRecordableError:
-        del run.recorder.calls[recorded:]
-        return False
-    return True
+        with run.recorder.attempt():
+            run.values[node] = _recorded(run, node)
+    except NotRecordableError as error:
+        for given in list(run.externals)[num_externals:]:
+            del run.externals[given]
+        return str(error)
+    run.last = node
+    for user in node.users:  # the parts of a tuple come along, wherever they are taken out of it
+        if user.target is operator.getitem and isinstance(run.values[node], tuple):
+            run.values[user] = run.values[node][user.args[1]]
+    return None
+
+
+def _recorded(run: _Run, node: fx.Node) -> Any:
+    """What a node makes of the run's values, its kernels recorded. Raises: NotRecordableError."""
+    if node.target is torch.as_strided and node.args[0] in run.values:
+        base, size, stride, offset = node.args
+        layout = [[_number(run, item) for item in part] for part in (size, stride)]  # pyright: ignore
+        return run.values[base].as_strided(*layout, offset)  # pyright: ignore
+    if not _is_recordable(node):
+        raise NotRecordableError("it is no recordable kernel")
+    arguments, named = fx.map_arg((node.args, node.kwargs), lambda given: _value(run, given))
+    with recording(run.recorder):
+        return node.target(*arguments, **named)  # pyright: ignore
 
 
 def _number(run: _Run, item: Any) -> Any:
@@ -95,7 +110,8 @@ def _value(run: _Run, node: fx.Node) -> Any:
     if not isinstance(meta, torch.Tensor):
         raise NotRecordableError(f"{node.name} is no tensor")
     if node not in run.externals:
-        run.externals[node] = run.recorder.external(meta.shape, meta.stride(), meta.dtype)
+        strides = None if meta.is_contiguous() else meta.stride()
+        run.externals[node] = run.recorder.external(meta.shape, strides, meta.dtype)
     return run.externals[node]
 
 
@@ -106,10 +122,8 @@ def _writes(node: fx.Node) -> bool:
     return node.target not in views if schema is None else schema.is_mutable
 
 
-def _close(graph: fx.Graph, run: _Run, programs: list[Program]) -> None:
+def _close(graph: fx.Graph, run: _Run, programs: list[Program], left: Counter[str]) -> None:
     """Put the program of a run after its last node, and let others read its results."""
-    if len(run.recorder.calls) < _FEWEST_CALLS or run.last is None:
-        return
     escaping = [
         node
         for node in run.values
@@ -117,8 +131,11 @@ def _close(graph: fx.Graph, run: _Run, programs: list[Program]) -> None:
         and isinstance(run.values[node], Value)
     ]
     try:
+        if len(run.recorder.calls) < _FEWEST_CALLS or run.last is None:
+            raise NotRecordableError(f"fewer than {_FEWEST_CALLS} kernels follow each other")
         program = Program(run.recorder, [run.values[node] for node in escaping])
-    except NotRecordableError:
+    except NotRecordableError as error:
+        left.update(f"{_name(node)}: {error}" for node in run.values if _is_recordable(node))
         return
     with graph.inserting_after(run.last):
         call = graph.call_function(program, tuple(run.externals))
@@ -128,6 +145,6 @@ def _close(graph: fx.Graph, run: _Run, programs: list[Program]) -> None:
             after = graph.call_function(operator.getitem, (call, index))
         after.meta = dict(node.meta)
         node.replace_all_uses_with(after, lambda user: user not in run.values)
-    for node in reversed(list(run.values)):
+    for node in [node for node in reversed(graph.nodes) if node in run.values]:
         graph.erase_node(node)
     programs.append(program)

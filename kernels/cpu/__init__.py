@@ -165,7 +165,7 @@ def rows_of(*tensors: torch.Tensor) -> tuple[int, int, list[tuple[int, int]]] | 
         return None
     dims: list[tuple[int, list[int]]] = []
     for dim, size in enumerate(first.shape[:-1]):
-        if size == 1:
+        if isinstance(size, int) and size == 1:
             continue
         strides = [tensor.stride(dim) for tensor in tensors]
         if dims and dims[-1][1] == [size * stride for stride in strides]:

@@ -10,18 +10,20 @@ Results that only the program reads lie in one workspace, at places that are fre
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import itertools
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from . import library
+from . import isa, library
 
 _ALIGNMENT = 64
 
@@ -30,9 +32,19 @@ class NotRecordableError(Exception):
     """Something that a program cannot express; str() says what."""
 
 
-@dataclass(frozen=True)
+def _refuses(what: str) -> Callable[..., Any]:
+    def refuse(*_: Any) -> Any:
+        raise NotRecordableError(what)
+
+    return refuse
+
+
+@dataclass(frozen=True, eq=False)
 class Number:
-    """constant + factor * scalar, where scalar is a number that each run reads anew."""
+    """constant + factor * scalar, where scalar is a number that each run reads anew.
+
+    Whatever would hold for some sizes only, as most comparisons, raises NotRecordableError.
+    """
 
     constant: int
     factor: int
@@ -54,8 +66,27 @@ class Number:
 
     __radd__, __rmul__ = __add__, __mul__
 
-    def __bool__(self) -> bool:
-        raise NotRecordableError("a decision that depends on a size")
+    def __eq__(self, other: object) -> bool:
+        return same(self, other) or self._decide()
+
+    __hash__ = None  # pyright: ignore
+    _decide = _refuses("a decision that depends on a size")
+    __bool__ = __lt__ = __le__ = __gt__ = __ge__ = _decide
+    __int__ = __index__ = __float__ = _decide
+    _compute = _refuses("arithmetic of a size other than +, * and //")
+    __sub__ = __rsub__ = __neg__ = __rfloordiv__ = __truediv__ = __rtruediv__ = _compute
+    __mod__ = __rmod__ = __divmod__ = __pow__ = _compute
+
+
+def same(first: Any, second: Any) -> bool:
+    """Whether two numbers are equal for every size."""
+    return _parts(first) == _parts(second)
+
+
+def _parts(number: Any) -> tuple[Any, int, int]:
+    if not isinstance(number, Number):
+        return number, 0, 0
+    return number.constant, number.factor, number.scalar if number.factor else 0
 
 
 def _need_int(value: Any) -> None:
@@ -105,14 +136,19 @@ class Value:
         return Pointer(self.memory, self.offset * self.dtype.itemsize)
 
     def is_contiguous(self) -> bool:
-        expected: Any = 1
-        for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
-            if isinstance(size, int) and size == 1:
-                continue  # its stride is never used
-            if stride != expected:
-                return False
-            expected = size * expected if isinstance(size, int) else expected * size
-        return True
+        return all(
+            (isinstance(size, int) and size == 1) or same(stride, expected)  # or is never used
+            for size, stride, expected in zip(
+                self.shape, self.strides, _contiguous(self.shape), strict=True
+            )
+        )
+
+    def _is_in_order(self) -> bool:
+        """Whether a tensor like this one is contiguous, as torch lays it out."""
+        strides = self.strides
+        return all(isinstance(stride, int) for stride in strides) and all(
+            outer > inner for outer, inner in itertools.pairwise((*strides, 0))
+        )
 
     def contiguous(self) -> Value:
         if not self.is_contiguous():
@@ -131,8 +167,15 @@ class Value:
         raise NotRecordableError(f"{name} of a tensor")
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise NotRecordableError(f"torch's {func.__name__}")
+    def __torch_function__(cls, function: Any, _: Any, args: Any, kwargs: Any = None) -> Any:
+        if function is torch.empty_like and not kwargs and args[0]._is_in_order():
+            return args[0].new_empty(args[0].shape)
+        raise NotRecordableError(f"torch.{function.__name__}")
+
+    _compute = _refuses("arithmetic of tensors")
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = _compute
+    __neg__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = _compute
+    __getitem__ = __iter__ = __len__ = _refuses("indexing of a tensor")
 
     def as_strided(self, size: Sequence[Any], stride: Sequence[Any], offset: int) -> Value:
         return Value(self.memory, tuple(size), tuple(stride), self.dtype, self.recorder, offset)
@@ -140,11 +183,19 @@ class Value:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a scalar is read: a size or stride of a tensor given to a run."""
+    """Where a scalar is read: a size of a tensor given to a run."""
 
     tensor: int
     dim: int
-    of_strides: bool
+
+
+# What an argument of a kernel may be, by its letter.
+_KINDS: dict[str, tuple[type, ...]] = {
+    "p": (Pointer, type(None)),
+    "i": (int, Number),
+    "b": (int, Number),
+    "d": (int, float),
+}
 
 
 class Recorder:
@@ -157,50 +208,76 @@ class Recorder:
         self.calls: list[tuple[str, str, tuple]] = []
         self._scalars: dict[Any, Number] = {}
 
+    @contextlib.contextmanager
+    def attempt(self) -> Iterator[None]:
+        """What raises NotRecordableError in here leaves nothing behind."""
+        lists = self.sources, self.externals, self.calls
+        lengths, scalars = [len(items) for items in lists], dict(self._scalars)
+        try:
+            yield
+        except NotRecordableError:
+            for items, length in zip(lists, lengths, strict=True):
+                del items[length:]
+            self._scalars = scalars
+            raise
+
     def function(self, name: str, arguments: str) -> Callable[..., int]:
         def record(*values: Any) -> int:
+            for letter, value in zip(arguments, values, strict=True):
+                if not isinstance(value, _KINDS[letter]):
+                    raise NotRecordableError(f"{value!r} as an argument {letter!r} of {name}")
             self.calls.append((name, arguments, values))
             return 0  # what a kernel returns that takes its arguments
 
         return record
-
-    def scalar(self, key: Any, source: Source) -> Number:
-        """The number that `key` names everywhere, read at `source`."""
-        if key not in self._scalars:
-            self.sources.append(source)
-            self._scalars[key] = Number(0, 1, len(self.sources))
-        return self._scalars[key]
 
     def known(self, key: Any) -> Number:
         if key not in self._scalars:
             raise NotRecordableError(f"the size {key} of no tensor that is given")
         return self._scalars[key]
 
-    def external(self, shape: Sequence[Any], strides: Sequence[Any], dtype: torch.dtype) -> Value:
-        """The next of the tensors that are given to a run; sizes are ints or names of scalars."""
+    def external(
+        self, shape: Sequence[Any], strides: Sequence[Any] | None, dtype: torch.dtype
+    ) -> Value:
+        """The next of the tensors that are given to a run; None: contiguous, as every run checks.
+
+        Sizes are ints or what names them everywhere. Strides are ints or sizes: they are not read
+        in a run, because that of a single element may be any number.
+        """
         index = len(self.externals)
-
-        def numbers(values: Sequence[Any], of_strides: bool) -> tuple[Any, ...]:
-            return tuple(
-                value
-                if isinstance(value, int)
-                else self.scalar(str(value), Source(index, dim, of_strides))
-                for dim, value in enumerate(values)
+        sizes: list[Any] = []
+        for dim, size in enumerate(shape):
+            if not isinstance(size, int) and str(size) not in self._scalars:
+                self.sources.append(Source(index, dim))
+                self._scalars[str(size)] = Number(0, 1, len(self.sources))
+            sizes.append(size if isinstance(size, int) else self._scalars[str(size)])
+        if strides is None:
+            steps = _contiguous(sizes)
+        else:
+            steps = tuple(
+                1  # never used
+                if isinstance(size, int) and size == 1
+                else stride
+                if isinstance(stride, int)
+                else self.known(str(stride))
+                for size, stride in zip(sizes, strides, strict=True)
             )
-
-        value = Value(
-            Memory(external=index), numbers(shape, False), numbers(strides, True), dtype, self
-        )
+        value = Value(Memory(external=index), tuple(sizes), steps, dtype, self)
         self.externals.append(value)
         return value
 
     def new_empty(self, shape: tuple[Any, ...], dtype: torch.dtype) -> Value:
-        strides: list[Any] = []
-        step: Any = 1
-        for size in reversed(shape):
-            strides.insert(0, step)
-            step = size * step if isinstance(size, int) else step * size
-        return Value(Memory(num_bytes=step * dtype.itemsize), shape, tuple(strides), dtype, self)
+        numel, *strides = _contiguous((1, *shape))  # the stride of what comes before it
+        memory = Memory(num_bytes=numel * dtype.itemsize)
+        return Value(memory, shape, tuple(strides), dtype, self)
+
+
+def _contiguous(shape: Sequence[Any]) -> tuple[Any, ...]:
+    """The strides of a contiguous tensor."""
+    strides: list[Any] = [1]
+    for size in reversed(shape[1:]):
+        strides.insert(0, size * strides[0])
+    return tuple(strides[: len(shape)])
 
 
 @dataclass
@@ -221,16 +298,21 @@ class Program:
         self.num_calls = len(recorder.calls)
         self._recorder = recorder
         self._results = results
+        if any(value.memory.external is not None for value in results):
+            raise NotRecordableError("a result that lies in a tensor that is given")
         # Addresses: nothing, the workspace, the tensors that are given, the results.
         kept = list(dict.fromkeys(value.memory for value in results))
-        self._kept = [memory for memory in kept if memory.external is None]
         first = 2 + len(recorder.externals)
-        self._address = {memory: first + i for i, memory in enumerate(self._kept)}
-        self._num_addresses = first + len(self._kept)
+        self._address = {memory: first + i for i, memory in enumerate(kept)}
         self._plan_workspace()
         self._encode()
         self._tensors: tuple[torch.Tensor, ...] = ()
-        self._addresses = np.zeros(self._num_addresses, np.int64)
+        self._scalars = [0] * (1 + len(recorder.sources))  # of the last run
+        self._sizes_of = [
+            {size.scalar for size in (*value.shape, *value.strides) if isinstance(size, Number)}
+            for value in recorder.externals
+        ]
+        self._addresses = np.zeros(first + len(kept), np.int64)
         self._workspace = torch.empty(0, dtype=torch.uint8)
 
     def _plan_workspace(self) -> None:
@@ -246,7 +328,7 @@ class Program:
             used = [value.memory for value in arguments if isinstance(value, Pointer)]
             for memory in used:
                 if memory.external is None and memory not in self._address and memory not in place:
-                    fitting = (s for s in slots if s.free and s.num_bytes == memory.num_bytes)
+                    fitting = (s for s in slots if s.free and same(s.num_bytes, memory.num_bytes))
                     slot = next(fitting, None)
                     if slot is None:
                         slot = _Slot(memory.num_bytes)
@@ -273,6 +355,7 @@ class Program:
 
     def _encode(self) -> None:
         """Each argument as constant + factor * scalar + address."""
+        isa()  # chosen before the first kernel runs
         rows: list[tuple[int, int, int, int]] = []
         calls: list[int] = []
         for name, letters, arguments in self._recorder.calls:
@@ -302,25 +385,16 @@ class Program:
                 return offset + constant, factor, scalar, 1
             case Number(constant, factor, scalar):
                 return constant, factor, scalar, 0
-            case int() if letter != "d":
-                return int(value), 0, 0, 0
-            case int() | float():
+            case _ if letter == "d":
                 return struct.unpack("q", struct.pack("d", value))[0], 0, 0, 0
-        raise NotRecordableError(f"an argument {value!r}")
+        return int(value), 0, 0, 0
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run the calls on these tensors, in the order in which their memories were recorded."""
         scalars = [torch.get_num_threads()]
-        for source in self._recorder.sources:
-            tensor = tensors[source.tensor]
-            scalars.append((tensor.stride() if source.of_strides else tensor.shape)[source.dim])
+        scalars += [tensors[at.tensor].shape[at.dim] for at in self._recorder.sources]
+        self._take(tensors, scalars)
         addresses = self._addresses
-        for index, tensor in enumerate(tensors):
-            # The weights are the same tensors in every run.
-            if index >= len(self._tensors) or tensor is not self._tensors[index]:
-                _check(tensor, self._recorder.externals[index])
-                addresses[2 + index] = tensor.data_ptr()
-        self._tensors = tensors
         constant, scalar, factor = self._workspace_size
         needed = constant + factor * scalars[scalar]
         if needed > self._workspace.numel():
@@ -349,17 +423,37 @@ class Program:
             for value in self._results
         )
 
+    def _take(self, tensors: tuple[torch.Tensor, ...], scalars: list[int]) -> None:
+        """Note where tensors lie; one that the last run had, as most, lies where it lay."""
+        known, self._tensors = self._tensors, ()  # nothing is known if one does not fit
+        before, self._scalars = self._scalars, scalars
+        changed = {
+            i for i, (old, new) in enumerate(zip(before, scalars, strict=True)) if old != new
+        }
+        assert len(tensors) == len(self._sizes_of), f"{len(tensors)} tensors are given"
+        for index, tensor in enumerate(tensors):
+            is_known = bool(known) and tensor is known[index]
+            if not is_known:
+                self._addresses[2 + index] = tensor.data_ptr()
+            if not is_known or not changed.isdisjoint(self._sizes_of[index]):
+                _check(tensor, self._recorder.externals[index], scalars)
+        self._tensors = tensors
+
     def forget(self) -> None:
         """Hold nothing of the last run: its tensors may lie elsewhere now."""
         self._tensors = ()
         self._workspace = torch.empty(0, dtype=torch.uint8)
 
 
-def _check(tensor: torch.Tensor, value: Value) -> None:
-    """A tensor must lie as it was recorded: the kernels trust the strides."""
-    for size, stride, recorded in zip(tensor.shape, tensor.stride(), value.strides, strict=True):
-        assert size == 1 or not isinstance(recorded, int) or stride == recorded, (
-            f"a tensor {list(tensor.shape)} has the strides {tensor.stride()}, not {value.strides}"
+def _check(tensor: torch.Tensor, value: Value, scalars: Sequence[int]) -> None:
+    """A tensor must be as it was recorded: the kernels trust its dtype, sizes and strides."""
+    shape = [_evaluate(size, scalars) for size in value.shape]
+    strides = [_evaluate(stride, scalars) for stride in value.strides]
+    found, expected = (tensor.dtype, *tensor.shape), (value.dtype, *shape)
+    assert found == expected, f"a tensor is {found}, not {expected}"
+    for size, stride, recorded in zip(shape, tensor.stride(), strides, strict=True):
+        assert size <= 1 or stride == recorded or not tensor.numel(), (
+            f"a tensor {shape} has the strides {list(tensor.stride())}, not {strides}"
         )
 
 
