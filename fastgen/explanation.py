@@ -71,6 +71,7 @@ class Explanation:
             for name, entry in chosen.items():
                 lines.append(f"  kernel        {op} x {entry['calls']}: {name}")
                 lines.extend(f"    not {who}: {why}" for who, why in entry["refused"].items())
+        lines.append(f"  codegen       {self.report.facts['codegen']}")
         packed = self.report.facts["packed_bytes"]
         lines.append(
             f"  weights       epoch {self.weight_epoch}, checked: {self.config.weight_check}; "
