@@ -95,7 +95,7 @@ def _examples(graph: CapturedGraph) -> list[torch.Tensor]:
 
 @functools.cache
 def _opaque(kernel: Implementation) -> Callable[..., Any]:
-    """An op of the kernel's own, `fastgen_<implementation>::<op>`, with its op's schema and fake."""
+    """The kernel as an op, `fastgen_<implementation>::<op>`, with its op's schema and fake."""
     name = kernel.op.split("::")[1]
     op = getattr(torch.ops.fastgen, name).default
     namespace = f"fastgen_{kernel.name}"
