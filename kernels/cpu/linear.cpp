@@ -445,6 +445,7 @@ extern "C" void linear(const bf16* input, int64_t input_stride, const bf16* pack
                        const bf16* bias, bf16* output, int64_t output_stride, int64_t num_rows,
                        int64_t num_outputs, int64_t width, int epilogue, int num_threads) {
 #if defined(__AVX512BF16__) && defined(__x86_64__)
+  if (num_rows == 0) return;  // tiles must have rows
   const bool gated = epilogue != kPlain;
   const bool lines = reinterpret_cast<uintptr_t>(output) % 64 == 0 && output_stride % 32 == 0 &&
                      num_outputs % 32 == 0;

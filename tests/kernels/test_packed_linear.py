@@ -43,6 +43,15 @@ def test_any_leading_dimensions(name):
 
 @needs_packing
 @every_implementation(LINEAR)
+def test_no_rows(name):
+    """As the head of a step that only computes a part of a prompt."""
+    weight = pack(randn(40, 64, dtype=torch.bfloat16))
+    input = randn(1, 0, 64, dtype=torch.bfloat16)
+    assert call(LINEAR, name, input=input, weight=weight, bias=None).shape == (1, 0, 40)
+
+
+@needs_packing
+@every_implementation(LINEAR)
 def test_a_strided_input(name):
     weight = pack(randn(40, 64, dtype=torch.bfloat16))
     input = randn(9, 3 * 64, dtype=torch.bfloat16)[:, 64:128]
