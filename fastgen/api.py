@@ -108,8 +108,9 @@ class OptimizedModel:
         else:
             graph, report = self._traced(model, budget)
             self.graph_source = "traced; graph_cache is off"
-        with self._timed("choice of kernels"):
-            compiled = CompiledForward(graph, report)
+        codegen = self.config.codegen
+        with self._timed("Inductor" if codegen == "inductor" else "choice of kernels"):
+            compiled = CompiledForward(graph, report, codegen)
         return _Graph(compiled, device, max_model_len)
 
     def _cached(

@@ -12,6 +12,8 @@ from torch import fx
 from . import kernels
 from .errors import UnsupportedModelError
 from .fold_views import fold_views
+from .inductor import compile_with_inductor
+from .kernels.cpu.program import Program
 from .native_code import compile_programs
 from .passes import CapturedGraph, InputSpec, Report, run_passes
 from .passes.insert_paged_cache import CacheSpec, cache_spec
@@ -29,16 +31,18 @@ class CacheTensors(Protocol):
 
 
 class CompiledForward:
-    """The rewritten graph, run directly: the graph's own Python calling the chosen kernels.
+    """The rewritten graph, ready to run.
 
-    Runs of C++ kernels are programs, each entered once (native_code.py). lowered: The graph before
-    that, a node per kernel.
+    codegen: "direct", the graph's own Python calling the chosen kernels, where runs of C++ kernels
+    are programs, each entered once (native_code.py); "inductor", code that Inductor wrote around
+    the same kernels (inductor.py); "auto" is "direct". lowered: The graph before that, a node per
+    kernel.
 
     Call `bind` with the weights before the first call and whenever they moved. graph_id is no other
     graph's in this process.
     """
 
-    def __init__(self, graph: CapturedGraph, report: Report) -> None:
+    def __init__(self, graph: CapturedGraph, report: Report, codegen: str = "auto") -> None:
         self.graph_id = next(_graph_ids)
         self.spec: CacheSpec = cache_spec(graph)
         self.report = report
@@ -47,14 +51,20 @@ class CompiledForward:
         self.vocab_size = int(graph.output_value().shape[-1])
         lowered = graph.copy()
         report.kernels = choose_kernels(lowered)
-        fold_views(lowered.graph)
+        self._programs: list[Program] = []
+        left: dict[str, int] = {}
+        if codegen == "inductor":
+            self._forward = compile_with_inductor(lowered)
+        else:
+            fold_views(lowered.graph)
+            running = lowered.copy()
+            self._programs, left = compile_programs(running.graph)
+            running.module.recompile()
+            self._forward = running.module.forward
         self.lowered = lowered.module
-        running = lowered.copy()
-        self._programs, left = compile_programs(running.graph)
+        report.facts["codegen"] = "inductor" if codegen == "inductor" else "direct"
         report.facts["programs"] = [program.num_calls for program in self._programs]
         report.facts["not_in_programs"] = left
-        running.module.recompile()
-        self._forward = running.module.forward
         specs = list(self.inputs.values())
         self._batch_slots = [(i, s.target) for i, s in enumerate(specs) if s.kind == "batch"]
         self._cache_slots = [(i, s.target) for i, s in enumerate(specs) if s.kind == "cache"]
@@ -145,6 +155,7 @@ def choose_kernels(graph: CapturedGraph) -> dict[str, dict[str, Any]]:
             continue
         choice = kernels.select(schema.name, _call_site(node))
         node.target = choice.implementation.function
+        node.meta["kernel"] = choice.implementation
         row = chosen.setdefault(schema.name, {})
         entry = row.setdefault(
             choice.implementation.name, {"calls": 0, "refused": dict(choice.refused)}

@@ -13,6 +13,7 @@ INT32_MAX = 2**31 - 1
 SEED_MAX = 2**63 - 1
 MAX_OUTPUTS = 16384  # of one prompt: a caller's mistake must not fill the memory
 MAX_LOGPROBS = 1000  # per token, for the same reason
+CODEGENS = ("auto", "direct", "inductor")
 WEIGHT_CHECKS = ("sampled", "full", "manual")
 MIN_REPETITION_PENALTY = 1e-6  # logits divided by less could leave fp32
 
@@ -59,6 +60,9 @@ class Config:
             The model generates and can be saved; its forward, training and moves raise
             ReleasedWeightsError until `fastgen.restore(model)`. "auto" then packs everything.
         passes_off: Names of optional passes that are left out.
+        codegen: What runs the rewritten graph: "direct" the kernels by themselves, at once;
+            "inductor" torch's Inductor, which compiles for a while what lies between them. "auto"
+            is "direct".
         graph_cache: Keep the rewritten graph on disk, in `FASTGEN_CACHE_DIR` or the user's cache
             folder, so that the next start of the same model does not trace it again.
     Raises: ValueError for a value out of range, TypeError for an unknown field.
@@ -74,6 +78,7 @@ class Config:
     pack: bool | str = "auto"
     release_weights: bool = False
     passes_off: tuple[str, ...] = ()
+    codegen: str = "auto"
     graph_cache: bool = True
 
     def __post_init__(self) -> None:
@@ -89,10 +94,11 @@ class Config:
         for name in ("prefix_cache", "graph_cache"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be a bool, got {getattr(self, name)!r}")
-        if self.weight_check not in WEIGHT_CHECKS:
-            raise ValueError(
-                f"weight_check must be one of {', '.join(WEIGHT_CHECKS)}, got {self.weight_check!r}"
-            )
+        for name, known in (("weight_check", WEIGHT_CHECKS), ("codegen", CODEGENS)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
         if not isinstance(self.pack, bool) and self.pack != "auto":
             raise ValueError(f'pack must be True, False or "auto", got {self.pack!r}')
         if not isinstance(self.release_weights, bool):

@@ -71,6 +71,7 @@ class Explanation:
             for name, entry in chosen.items():
                 lines.append(f"  kernel        {op} x {entry['calls']}: {name}")
                 lines.extend(f"    not {who}: {why}" for who, why in entry["refused"].items())
+        lines.append(f"  codegen       {self.report.facts['codegen']}")
         programs: list[int] = self.report.facts["programs"]
         left: dict[str, int] = self.report.facts["not_in_programs"]
         if programs or left:

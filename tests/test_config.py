@@ -20,6 +20,7 @@ CONFIG_GOOD = {
     "block_size": [16, 32, 64],
     "kv_cache_memory_bytes": [None, 1, 2**31, 2**40, 1 << 50],
     "weight_check": ["sampled", "full", "manual"],
+    "codegen": ["auto", "direct", "inductor"],
     "prefix_cache": [True, False],
     "graph_cache": [True, False],
     "pack": ["auto", True, False],
@@ -32,6 +33,7 @@ CONFIG_BAD = {
     "block_size": [0, 1, 8, 15, 17, 48, 128, -16, *HUGE, None, 16.0, 64.0, "16", *NOT_INTS],
     "kv_cache_memory_bytes": [0, -1, (1 << 50) + 1, 2**63, 10**400, *NOT_INTS],
     "weight_check": ["", "Sampled", "never", None, True, 1],
+    "codegen": ["", "Direct", "eager", None, True, 1],
     "prefix_cache": [None, 0, 1, 1.0, "yes", [True]],
     "graph_cache": [None, 0, 1, "yes"],
     "pack": ["", "Auto", None, 0, 1, 1.0, [True]],
@@ -69,6 +71,7 @@ def test_config_defaults():
         "pack": "auto",
         "release_weights": False,
         "passes_off": (),
+        "codegen": "auto",
     }
 
 
