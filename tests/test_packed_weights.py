@@ -52,12 +52,12 @@ def assert_packed_follow(model) -> None:
         assert torch.equal(unpack(tensor, spec.layout, len(plain)), plain), spec.target
 
 
-def assert_tokens_follow(model, num_tokens: int = 8) -> list[int]:
+def assert_tokens_follow(model) -> list[int]:
     """The tokens that a copy of the model as it is now makes, optimised anew. Returns: them."""
     fresh = fastgen.optimize(copy.deepcopy(model), pack=True)
     with NativeTokens(model), NativeTokens(fresh):
-        found = tokens_of(model, ROW, num_tokens)
-        assert found == tokens_of(fresh, ROW, num_tokens)
+        found = tokens_of(model, ROW, 8)
+        assert found == tokens_of(fresh, ROW, 8)
     assert_packed_follow(model)
     return found
 
@@ -100,7 +100,7 @@ IN_PLACE = {
 @pytest.mark.parametrize("change", IN_PLACE.values(), ids=IN_PLACE)
 def test_a_change_in_place_is_packed_into_the_same_memory(change):
     model = fastgen.optimize(small_model(), pack=True)
-    before, places = assert_tokens_follow(model), addresses(model)
+    before, places = tokens_of(model, ROW, 8), addresses(model)
     assert len(places) == 5  # qkv, o, gate and up, down, head
     change(model)
     assert assert_tokens_follow(model) != before, "the change shows nothing"
@@ -157,19 +157,20 @@ MOVED = {
 @pytest.mark.parametrize("change", MOVED.values(), ids=MOVED)
 def test_a_moved_weight_is_packed_anew(change):
     model = fastgen.optimize(small_model(), pack=True)
-    before = assert_tokens_follow(model)
+    before = tokens_of(model, ROW, 8)
     change(model)
     assert assert_tokens_follow(model) != before, "the change shows nothing"
     in_place(model)
     places = addresses(model)
-    assert_tokens_follow(model)
+    tokens_of(model, ROW, 2)
+    assert_packed_follow(model)
     if TILES:
         assert addresses(model) == places
 
 
 def test_a_tied_head_follows_its_embedding():
     model = fastgen.optimize(small_model("llama", tie_word_embeddings=True), pack=True)
-    before = assert_tokens_follow(model)
+    before = tokens_of(model, ROW, 8)
     with torch.no_grad():
         model.model.embed_tokens.weight.copy_(noise_like(model.model.embed_tokens.weight) * 3)
     assert assert_tokens_follow(model) != before
@@ -178,7 +179,7 @@ def test_a_tied_head_follows_its_embedding():
 @needs_tiles
 def test_nothing_is_allocated_for_a_change_in_place(monkeypatch):
     model = fastgen.optimize(small_model(), pack=True)
-    assert_tokens_follow(model)
+    tokens_of(model, ROW, 2)
     asked = []
     monkeypatch.setattr(
         fastgen.live, "huge_pages", lambda size: asked.append(size) or torch.empty(size)
@@ -193,7 +194,7 @@ def test_nothing_is_allocated_for_a_change_in_place(monkeypatch):
 def test_planted_old_copies_are_seen(monkeypatch):
     """A pack that leaves what is there as it was."""
     model = fastgen.optimize(small_model(), pack=True)
-    assert_tokens_follow(model)
+    tokens_of(model, ROW, 2)
 
     def lazy(weight, layout, out=None):
         return pack(torch.zeros_like(weight), layout) if out is None else out
@@ -207,7 +208,7 @@ def test_planted_old_copies_are_seen(monkeypatch):
 
 def test_restore_lets_go_of_the_copies():
     model = fastgen.optimize(small_model(), pack=True)
-    assert_tokens_follow(model)
+    tokens_of(model, ROW, 2)
     weights = fastgen.api.require(model).weights
     fastgen.restore(model)
     assert weights._packed == {}
