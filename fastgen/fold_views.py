@@ -1,6 +1,7 @@
-"""Folding of views in a lowered graph: a chain of slices, reshapes and the like is one as_strided.
+"""Folding of views in a lowered graph: slices, reshapes and the like become one as_strided.
 
-Every view costs some microseconds of Python and dispatch, and a step has ten of them per layer.
+Every view costs some microseconds of Python and dispatch, and a step has ten of them per layer. A
+program (native_code.py) knows as_strided and no other view, so that a single one is replaced, too.
 """
 
 from __future__ import annotations
@@ -25,27 +26,29 @@ _VIEWS = (
 
 
 def fold_views(graph: fx.Graph) -> None:
-    """Replace chains of views over an op's contiguous result, in place.
+    """Replace views over an op's contiguous result, and chains of them, in place.
 
     Sizes and strides are those that were traced; they must be numbers or one of the sizes that the
     graph computes, or the chain stays as it is.
     """
     sizes: dict[Any, fx.Node] = {}  # that are known where the loop stands
-    for node in list(graph.nodes):
+    folded: list[tuple[fx.Node, tuple]] = []
+    for node in graph.nodes:
         if isinstance(value := node.meta.get("val"), torch.SymInt):
             sizes.setdefault(value.node.expr, node)
         if node.target not in _VIEWS or all(user.target in _VIEWS for user in node.users):
             continue
         base, offset = _base_and_offset(node)
-        if base is node.args[0] or offset is None or not _is_fresh(base):
+        if offset is None or not _is_fresh(base):
             continue
         layout = _layout(node.meta["val"], sizes)
-        if layout is None:
-            continue
+        if layout is not None:
+            folded.append((node, (base, *layout, offset)))
+    for node, arguments in folded:
         with graph.inserting_before(node):
-            folded = graph.call_function(torch.as_strided, (base, *layout, offset))
-        folded.meta = dict(node.meta)
-        node.replace_all_uses_with(folded)
+            view = graph.call_function(torch.as_strided, arguments)
+        view.meta = dict(node.meta)
+        node.replace_all_uses_with(view)
     # Kernels stay, whoever reads their results: torch.fx cannot know which of them write.
     graph.eliminate_dead_code(lambda node: _is_kernel(node) or node.is_impure())
 

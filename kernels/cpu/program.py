@@ -145,7 +145,8 @@ class Value:
 
     def _is_in_order(self) -> bool:
         """Whether a tensor like this one is contiguous, as torch lays it out."""
-        strides = self.strides
+        sizes = zip(self.shape, self.strides, strict=True)
+        strides = [stride for size, stride in sizes if not (isinstance(size, int) and size == 1)]
         return all(isinstance(stride, int) for stride in strides) and all(
             outer > inner for outer, inner in itertools.pairwise((*strides, 0))
         )
