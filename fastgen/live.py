@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import enum
 import weakref
@@ -133,6 +134,8 @@ class LiveWeights:
             _, merged = self._merged.popitem()
             _split(merged, _tensors_of(self._model()))
             del merged  # before the next is split: one layer at a time exists twice
+        _return_free_memory()
+        _return_free_memory()
 
     def let_go(self) -> None:
         """Forget the merged weights that no parameter lies in any more, and watch nothing."""
@@ -184,6 +187,7 @@ class LiveWeights:
         for plan in self._merged:
             watched.update((name, model.get_parameter(name)) for name in plan.members)
         self._watch(watched)
+        _return_free_memory()
         return found
 
     def _make_room(self, weights: dict[InputSpec, torch.Tensor]) -> None:
@@ -361,6 +365,12 @@ def _split(merged: _Merged, others: Iterable[torch.Tensor]) -> None:
             fresh[storage.data_ptr()] = storage.clone()
         place = tensor.storage_offset(), tensor.shape, tensor.stride()
         tensor.data = tensor.data.new_empty(0).set_(fresh[storage.data_ptr()], *place)
+
+
+def _return_free_memory() -> None:
+    """What the members lay in goes back to the system; glibc keeps it where weights lie between."""
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 def _tensors_of(model: nn.Module | None) -> list[torch.Tensor]:
