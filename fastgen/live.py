@@ -135,7 +135,6 @@ class LiveWeights:
             _split(merged, _tensors_of(self._model()))
             del merged  # before the next is split: one layer at a time exists twice
         _return_free_memory()
-        _return_free_memory()
 
     def let_go(self) -> None:
         """Forget the merged weights that no parameter lies in any more, and watch nothing."""
