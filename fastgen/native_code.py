@@ -46,7 +46,10 @@ def compile_programs(graph: fx.Graph) -> tuple[list[Program], dict[str, int]]:
             _close(graph, run, programs, left)
         if node.op != "call_function" or node in run.values or _record(run, node) is None:
             continue
-        if any(read in run.values for read in node.all_input_nodes) or _writes(node):
+        # What it reads may be made by the run, or be written by it: nothing says which are.
+        if _writes(node) or any(
+            read in run.values or read in run.externals for read in node.all_input_nodes
+        ):
             _close(graph, run, programs, left)
             run = _Run()
             why = _record(run, node)

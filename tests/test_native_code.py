@@ -262,14 +262,15 @@ def test_short_runs_stay():
 
 def test_what_does_not_depend_on_a_run_comes_before_it():
     def build(call, x, weight):
+        other = call(torch.ops.aten.mul.Tensor, x, 3)
         first = norms(call, x, 2)
-        scaled = call(torch.ops.aten.mul.Tensor, x, weight)
+        scaled = call(torch.ops.aten.mul.Tensor, other, weight)
         return norms(call, call(silu_mul_cpu, first, scaled), 2), scaled
 
     programs, left, targets = compiled_by_hand(build)
     assert [program.num_calls for program in programs] == [5]
     assert left == {}
-    assert targets[0] is torch.ops.aten.mul.Tensor
+    assert targets[:2] == [torch.ops.aten.mul.Tensor] * 2
 
 
 def test_who_writes_ends_a_run():
@@ -289,6 +290,28 @@ def test_who_reads_a_result_ends_a_run():
     def build(call, x, weight):
         first = norms(call, x, 4)
         return norms(call, call(torch.ops.aten.mul.Tensor, first, weight), 4), first
+
+    programs, _, _ = compiled_by_hand(build)
+    assert [program.num_calls for program in programs] == [4, 4]
+
+
+def test_who_reads_what_a_run_was_given_ends_it():
+    """A kernel may have written into it, as attention into the cache."""
+
+    @cpu.recordable
+    def write(x, target):
+        cpu.function("silu_mul_float32", "piipiipiiiiib")(
+            x.data_ptr(), 32, 32, x.data_ptr(), 32, 32, target.data_ptr(), 32, 32, 1, 1, 32, 1
+        )
+        for _ in range(3):
+            x = rms_norm_cpu(x, None, 1e-6, 0.0, False)
+        return x
+
+    def build(call, x, weight):
+        scratch = call(torch.ops.aten.mul.Tensor, weight, 0)
+        first = call(write, x, scratch)
+        read = call(torch.ops.aten.add.Tensor, scratch, 1)
+        return read, norms(call, first, 4)
 
     programs, _, _ = compiled_by_hand(build)
     assert [program.num_calls for program in programs] == [4, 4]

@@ -234,7 +234,7 @@ class Recorder:
 
     def known(self, key: Any) -> Number:
         if key not in self._scalars:
-            raise NotRecordableError(f"the size {key} of no tensor that is given")
+            raise NotRecordableError("a number that is no size of a tensor that is given")
         return self._scalars[key]
 
     def external(

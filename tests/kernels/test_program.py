@@ -353,7 +353,7 @@ def test_an_attempt_that_fails_leaves_nothing():
         fails()
     assert not recorder.calls
     assert len(recorder.externals) == len(recorder.sources) == 1
-    with pytest.raises(NotRecordableError, match="size m"):
+    with pytest.raises(NotRecordableError, match="no size of a tensor"):
         recorder.known("m")
 
 
@@ -364,7 +364,7 @@ def test_a_given_tensor_is_no_result():
 
 def test_strides_that_are_no_size_are_refused():
     recorder = Recorder()
-    with pytest.raises(NotRecordableError, match="128"):
+    with pytest.raises(NotRecordableError, match="no size of a tensor"):
         recorder.external(("n", 2, 3), ("128*m", 3, 1), torch.float32)
     assert recorder.external((1, 3), ("m", 1), torch.float32).strides == (1, 1)
 
