@@ -11,6 +11,7 @@ Numerics: as pack_linears; rounded where the separate operations round.
 from __future__ import annotations
 
 import operator
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -56,11 +57,9 @@ def pack_gated_linears(captured: CapturedGraph) -> PassReport:
     return report
 
 
-def _linear_behind(product: fx.Node) -> tuple[fx.Node, str | None]:
+def _linear_behind(product: fx.Node) -> tuple[Any, str | None]:
     """The linear whose first half is the gate and whose second half is up; or why there is none."""
-    gate, up = product.args[:2]
-    assert isinstance(gate, fx.Node)
-    assert isinstance(up, fx.Node)
+    gate, up = cast(tuple[Any, Any], product.args[:2])
     (source, gate_rows), (other, up_rows) = _rows(gate), _rows(up)
     if source is None or source is not other or not calls(source, aten.linear.default):
         return gate, "gate and up are not parts of one linear"
@@ -74,18 +73,18 @@ def _linear_behind(product: fx.Node) -> tuple[fx.Node, str | None]:
     return source, mutation_between(source, product)
 
 
-def _rows(part: fx.Node) -> tuple[fx.Node | None, tuple[int, int]]:
+def _rows(part: Any) -> tuple[Any, tuple[int, int]]:
     """What a node takes a part of along the last dimension, and which."""
     last = value_of(part).dim() - 1
     if calls(part, aten.slice.Tensor) and part.args[1] in (-1, last) and len(part.args) == 4:
         source, _, start, end = part.args
         if isinstance(start, int | None) and isinstance(end, int | None):
             first, stop, _ = slice(start, end).indices(value_of(source).shape[-1])
-            return source, (first, stop)  # pyright: ignore
+            return source, (first, stop)
     if part.target is operator.getitem and calls(part.args[0], *_SPLITS):
-        split, index = part.args
-        if len(split.args) == 3 and split.args[2] in (-1, last):  # pyright: ignore
-            sizes = [value.shape[-1] for value in split.meta["val"]]  # pyright: ignore
-            start = sum(sizes[:index])  # pyright: ignore
-            return split.args[0], (start, start + sizes[index])  # pyright: ignore
+        split, index = cast(tuple[Any, int], part.args)
+        if len(split.args) == 3 and split.args[2] in (-1, last):
+            sizes = [value.shape[-1] for value in split.meta["val"]]
+            start = sum(sizes[:index])
+            return split.args[0], (start, start + sizes[index])
     return None, (0, 0)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -103,6 +108,62 @@ def test_what_lies_around_the_input_and_the_bias_is_not_read(level, shape, rows)
     around, bias = surrounded(input), surrounded(integers(shape[0]), before=1)
     output = packed_linear_cpu(around, pack(weight), bias, shape[0])
     assert torch.equal(output, exact_sums(input, weight, bias))
+
+
+AT_THE_END_OF_MEMORY = """
+import ctypes, mmap
+import torch
+from fastgen.kernels import cpu
+from fastgen.kernels.packing import pack
+from kernel_helpers import force
+from packed_layers import LARGE, LEVELS
+
+torch.set_num_threads(1)
+mprotect = ctypes.CDLL(None).mprotect
+kept = []
+
+def at_the_end(tensor):
+    "The same numbers, and after the last one a page that nobody may read."
+    size = -(-tensor.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    kept.append(memory)
+    copy = torch.frombuffer(memory, dtype=tensor.dtype)[size // 2 - tensor.numel() : size // 2]
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert mprotect(ctypes.c_void_p(start + size), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    return copy.view(tensor.shape).copy_(tensor)
+
+linear = cpu.function("linear", "pipppiiiibb")
+highest = cpu.library().highest_isa()
+for level in LEVELS[:highest]:
+    force(level)
+    small = [(1, (1, 32)), (5, (33, 96)), (18, (17, 32)), (45, (100, 64))]
+    for rows, (outputs, width) in [*small, *LARGE]:
+        for layout, epilogue in (("tiles", 0), ("gated_tiles", 1)):
+            outs = outputs * (2 if epilogue else 1)
+            weight = at_the_end(pack(torch.ones(outs, width, dtype=torch.bfloat16), layout))
+            tensors = [torch.ones(rows, width), torch.ones(outs), torch.ones(rows, outputs)]
+            input, bias, output = (at_the_end(tensor.bfloat16()) for tensor in tensors)
+            linear(
+                input.data_ptr(), width, weight.data_ptr(), bias.data_ptr(), output.data_ptr(),
+                outputs, rows, outputs, width, epilogue, 1,
+            )
+print("reached")
+"""
+
+
+@needs_tiles
+def test_nothing_past_the_end_is_touched():
+    """Behind the last element of each tensor lies a page that faults."""
+    here = str(Path(__file__).parent)
+    result = subprocess.run(
+        [sys.executable, "-c", AT_THE_END_OF_MEMORY],
+        env={**os.environ, "PYTHONPATH": here},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.stdout.strip() == "reached", f"{result.returncode}: {result.stderr[-400:]}"
 
 
 @needs_tiles
