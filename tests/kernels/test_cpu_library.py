@@ -133,5 +133,5 @@ def test_what_has_no_such_rows():
 
 
 def test_one_element_and_one_row():
-    assert cpu.rows_of(torch.empty(1, 1, 1)) == (1, 1, [(0, 0)])
-    assert cpu.rows_of(torch.empty(7)) == (1, 1, [(0, 0)])
+    assert cpu.rows_of(torch.empty(1, 1, 1)) == (1, 1, [(0, 1)])
+    assert cpu.rows_of(torch.empty(7)) == (1, 1, [(0, 7)])
