@@ -104,6 +104,22 @@ def test_values_that_nobody_needs_any_more_give_their_place_away():
     assert program._workspace.numel() == 2 * 7 * WIDTH * 4, "a result and the one before it"
 
 
+def test_no_kernel_writes_over_what_it_reads():
+    """Every row reads the first one: it must be there until the last is written."""
+
+    def spread(x, weight):
+        for _ in range(5):
+            made = norm(x, weight)
+            first_row = made.as_strided((x.shape[0], WIDTH), (0, 1), 0)
+            x = silu_mul_cpu(first_row, first_row)
+        return (norm(x, None),)
+
+    program = program_of(spread, ROWS, WEIGHT)
+    for num_tokens in SIZES:
+        given = rows(num_tokens), randn(WIDTH)
+        assert_equal(program(*given), spread(*given))
+
+
 @pytest.mark.parametrize("width", [1, 3, 17, 33], ids=str)
 def test_places_begin_at_multiples_of_64_bytes(width):
     """Rows of 12 bytes: the places of values of any number of tokens must not overlap."""
@@ -234,15 +250,16 @@ def test_sizes_of_one_name_are_equal_in_every_run():
 
 
 def test_the_number_of_threads_is_that_of_the_run():
-    seen = []
-    recorder = Recorder()
-    with cpu.recording(recorder):
-        seen.append(cpu.num_threads())
-    assert same(seen[0], Number(0, 1, 0))
-    program, x, weight = program_of(chain, ROWS, WEIGHT), rows(600), randn(WIDTH)
+
+    def with_scratch(x, weight):
+        return *chain(x, weight), x.new_empty((cpu.num_threads(), 4))
+
+    program, x, weight = program_of(with_scratch, ROWS, WEIGHT), rows(600), randn(WIDTH)
     for threads in (1, 3, 2, 1):
         torch.set_num_threads(threads)
-        assert_equal(program(x, weight), chain(x, weight))
+        *found, scratch = program(x, weight)
+        assert_equal(found, chain(x, weight))
+        assert list(scratch.shape) == [threads, 4]
 
 
 def test_two_programs_in_two_threads():
