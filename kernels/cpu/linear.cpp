@@ -8,7 +8,8 @@
 //
 // Rows come in panels of 32. An input that fits into the second-level cache meets two groups at a
 // time, so that the weight is read once, in order and prefetched ahead: memory is the limit. A larger
-// one comes panel by panel over parts of the weight that stay in that cache.
+// one comes panel by panel over parts of the weight that stay in that cache; if its rows would drive
+// each other out of the first-level cache, it is laid out as panels first.
 
 #include <algorithm>
 #include <cstdint>
@@ -72,7 +73,8 @@ namespace {
 constexpr int64_t kAhead = 2048;            // bytes that one pass prefetches ahead
 constexpr int64_t kPartGroups = 8;          // of the weight, and
 constexpr int64_t kPartBytes = 768 << 10;   // at most so much, while panels pass over it
-constexpr int64_t kBlockSteps = 10;         // steps whose inputs stay in the first-level cache
+constexpr int64_t kBlockSteps = 10;         // steps whose inputs stay in the first-level cache,
+constexpr int64_t kCopiedSteps = 16;        // and if they follow each other
 constexpr int64_t kInputBytes = 1 << 20;    // of an input that stays in the second-level cache
 constexpr int64_t kStreamBytes = 256 << 10; // an output from this size on is not kept in the caches
 
@@ -96,6 +98,7 @@ struct Prefetch {
   const char* end;
   const bf16* rows = nullptr;  // of the input: some rows, as far as a step goes
   int64_t num_rows = 0, row_stride = 0;
+  int64_t step_stride = kInputs;
   template <int lines>
   void next(int64_t step) {
     if (lines > 0 && at < end) {
@@ -103,7 +106,7 @@ struct Prefetch {
       at += lines * 64;
     }
     for (int64_t row = 0; row < num_rows; ++row)
-      _mm_prefetch(rows + row * row_stride + step * kInputs, _MM_HINT_T1);
+      _mm_prefetch(rows + row * row_stride + step * step_stride, _MM_HINT_T1);
   }
 };
 
@@ -361,9 +364,32 @@ void stream(const Layer& layer, int64_t begin, int64_t end, bool tiles) {
   }
 }
 
+// Whether the 32 lines of a step lie in four sets or less of a first-level cache of 4 KiB a way.
+bool rows_collide(const Layer& layer) {
+  return layer.input_stride * int64_t(sizeof(bf16)) % 1024 == 0;
+}
+
+// The inputs as panels: [panels][steps][32 rows][32 inputs].
+void copy_to_panels(const Layer& layer, bf16* panels, int64_t begin, int64_t end) {
+  constexpr int64_t kTogether = 8;  // steps that are read of a row at a time
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t row = index * kPanel, num_rows = std::min(kPanel, layer.num_rows - row);
+    bf16* panel = panels + index * layer.num_steps * kPanel * kInputs;
+    for (int64_t first = 0; first < layer.num_steps; first += kTogether) {
+      const int64_t last = std::min(layer.num_steps, first + kTogether);
+      for (int64_t r = 0; r < num_rows; ++r) {
+        const bf16* from = layer.input + (row + r) * layer.input_stride;
+        for (int64_t step = first; step < last; ++step)
+          _mm512_store_si512(panel + (step * kPanel + r) * kInputs,
+                             _mm512_loadu_si512(from + step * kInputs));
+      }
+    }
+  }
+}
+
 // Panel after panel over groups [begin, end), as many inputs at a time as stay in the second-level
 // cache with their weight. The next panel is fetched meanwhile.
-void panels(const Layer& layer, int64_t begin, int64_t end, bool tiles) {
+void panels(const Layer& layer, const bf16* copied, int64_t begin, int64_t end, bool tiles) {
   constexpr int64_t kSums = kPanel * kOutputs;
   const int64_t num_groups = end - begin, num_panels = (layer.num_rows + kPanel - 1) / kPanel;
   const int64_t group_bytes = kStepElements * sizeof(bf16);  // of a step
@@ -371,23 +397,28 @@ void panels(const Layer& layer, int64_t begin, int64_t end, bool tiles) {
   // The sums of a panel wait for its next inputs, unless these are all.
   const int64_t waiting = depth < layer.num_steps ? num_panels : 1;
   float* all_sums = scratch<float>(waiting * num_groups * kSums);
+  const int64_t row_stride = copied ? kInputs : layer.input_stride;
+  const int64_t step_stride = copied ? kPanel * kInputs : kInputs;
+  const int64_t panel_stride = copied ? layer.num_steps * kPanel * kInputs : kPanel * row_stride;
+  const int64_t block_steps = copied ? kCopiedSteps : kBlockSteps;
   Prefetch ahead{};
-  ahead.row_stride = layer.input_stride;
+  ahead.row_stride = row_stride;
+  ahead.step_stride = step_stride;
   const int64_t rows_per_group = (kPanel + num_groups - 1) / num_groups;
   for (int64_t first = 0; first < layer.num_steps; first += depth) {
     const int64_t last = std::min(layer.num_steps, first + depth);
     for (int64_t index = 0; index < num_panels; ++index) {
       const int64_t row = index * kPanel, num_rows = std::min(kPanel, layer.num_rows - row);
       if (tiles && (index == 0 || num_rows < kPanel)) configure(num_rows);
-      const Panel panel{layer.input + row * layer.input_stride, num_rows, layer.input_stride,
-                        kInputs, kHalf * layer.input_stride};
+      const Panel panel{(copied ? copied : layer.input) + index * panel_stride, num_rows, row_stride,
+                        step_stride, kHalf * row_stride};
       float* sums = all_sums + (waiting > 1 ? index * num_groups * kSums : 0);
-      for (int64_t step = first; step < last; step += kBlockSteps) {
-        const int64_t num_steps = std::min(kBlockSteps, last - step);
+      for (int64_t step = first; step < last; step += block_steps) {
+        const int64_t num_steps = std::min(block_steps, last - step);
         for (int64_t group = 0; group < num_groups; ++group) {
-          const int64_t coming = row + kPanel + group * rows_per_group;
-          ahead.num_rows = std::clamp<int64_t>(layer.num_rows - coming, 0, rows_per_group);
-          ahead.rows = layer.input + coming * layer.input_stride + step * kInputs;
+          const int64_t coming = group * rows_per_group, left = layer.num_rows - row - kPanel;
+          ahead.num_rows = std::clamp<int64_t>(left - coming, 0, rows_per_group);
+          ahead.rows = panel.data + panel_stride + coming * row_stride + step * step_stride;
           multiply<0>(panel, step, layer.group(begin + group) + step * kStepElements, num_steps,
                       sums + group * kSums, ahead, tiles);
         }
@@ -399,6 +430,12 @@ void panels(const Layer& layer, int64_t begin, int64_t end, bool tiles) {
 
 void run(const Layer& layer, int64_t num_groups, int num_threads) {
   const bool tiles = isa_level >= kAmx;
+  const int64_t row_bytes = layer.num_steps * kInputs * sizeof(bf16);
+  const bool small = layer.num_rows * row_bytes <= kInputBytes;
+  const int64_t num_panels = (layer.num_rows + kPanel - 1) / kPanel;
+  bf16* copied = nullptr;
+  if (!small && rows_collide(layer))
+    copied = scratch<bf16>(num_panels * layer.num_steps * kPanel * kInputs);
 #pragma omp parallel num_threads(num_threads)
   {
     // An even number of groups, so that two can be stored together.
@@ -407,12 +444,16 @@ void run(const Layer& layer, int64_t num_groups, int num_threads) {
       return std::min(num_groups, (num_groups * part / threads + 1) / 2 * 2);
     };
     const int64_t begin = share(thread), end = thread + 1 == threads ? num_groups : share(thread + 1);
-    const int64_t row_bytes = layer.num_steps * kInputs * sizeof(bf16);
-    if (layer.num_rows * row_bytes <= kInputBytes) {
+    if (small) {
       if (begin < end) stream(layer, begin, end, tiles);
     } else {
+      if (copied) {
+        copy_to_panels(layer, copied, num_panels * thread / threads,
+                       num_panels * (thread + 1) / threads);
+#pragma omp barrier
+      }
       for (int64_t at = begin; at < end; at += kPartGroups)
-        panels(layer, at, std::min(end, at + kPartGroups), tiles);
+        panels(layer, copied, at, std::min(end, at + kPartGroups), tiles);
     }
     if (layer.stream) _mm_sfence();
     if (tiles) release_tiles();

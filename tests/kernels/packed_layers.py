@@ -16,7 +16,10 @@ LEVELS = cpu.ISA_LEVELS[1:]
 ROWS = (1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 300)
 # Rows and [outputs, inputs] of inputs that do not fit into the second-level cache: the weight comes
 # in parts of groups and, from 49 steps on, of steps. The last panels have 12, 25, 32 and 24 rows.
-LARGE = [(300, (400, 1792)), (313, (257, 1792)), (320, (33, 1792)), (600, (100, 896))]
+LARGE = [
+    *((300, (400, 1792)), (313, (257, 1792)), (320, (33, 1792)), (600, (100, 896))),
+    *((545, (65, 1024)), (363, (300, 1536))),  # rows that collide in a first-level cache
+]
 GUARD = 77.0
 
 
