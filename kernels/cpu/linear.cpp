@@ -12,6 +12,7 @@
 // each other out of the first-level cache, it is laid out as panels first.
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -76,6 +77,7 @@ constexpr int64_t kPartBytes = 768 << 10;   // at most so much, while panels pas
 constexpr int64_t kBlockSteps = 10;         // steps whose inputs stay in the first-level cache,
 constexpr int64_t kCopiedSteps = 16;        // and if they follow each other
 constexpr int64_t kInputBytes = 1 << 20;    // of an input that stays in the second-level cache
+constexpr int64_t kClaim = 2;               // groups that a thread takes of those left at the end
 constexpr int64_t kStreamBytes = 256 << 10; // an output from this size on is not kept in the caches
 
 struct Layer {
@@ -433,6 +435,10 @@ void run(const Layer& layer, int64_t num_groups, int num_threads) {
   const int64_t row_bytes = layer.num_steps * kInputs * sizeof(bf16);
   const bool small = layer.num_rows * row_bytes <= kInputBytes;
   const int64_t num_panels = (layer.num_rows + kPanel - 1) / kPanel;
+  // While memory is the limit a thread that was held up must not hold up the others: the last eighth
+  // goes to whoever is ready.
+  const int64_t fixed = small ? num_groups * 7 / 8 / 2 * 2 : num_groups;
+  std::atomic<int64_t> next{fixed};
   bf16* copied = nullptr;
   if (!small && rows_collide(layer))
     copied = scratch<bf16>(num_panels * layer.num_steps * kPanel * kInputs);
@@ -441,11 +447,13 @@ void run(const Layer& layer, int64_t num_groups, int num_threads) {
     // An even number of groups, so that two can be stored together.
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
     auto share = [&](int64_t part) {
-      return std::min(num_groups, (num_groups * part / threads + 1) / 2 * 2);
+      return std::min(fixed, (fixed * part / threads + 1) / 2 * 2);
     };
-    const int64_t begin = share(thread), end = thread + 1 == threads ? num_groups : share(thread + 1);
+    const int64_t begin = share(thread), end = thread + 1 == threads ? fixed : share(thread + 1);
     if (small) {
       if (begin < end) stream(layer, begin, end, tiles);
+      for (int64_t at; (at = next.fetch_add(kClaim)) < num_groups;)
+        stream(layer, at, std::min(at + kClaim, num_groups), tiles);
     } else {
       if (copied) {
         copy_to_panels(layer, copied, num_panels * thread / threads,
