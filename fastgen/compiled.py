@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from . import kernels
+from .costs import Sizes, Step, peak_bytes
 from .errors import UnsupportedModelError
 from .fold_views import fold_views
 from .inductor import compile_with_inductor
@@ -39,7 +40,7 @@ class CompiledForward:
     kernel.
 
     Call `bind` with the weights before the first call and whenever they moved. graph_id is no other
-    graph's in this process.
+    graph's in this process; binding is another number after the weights moved.
     """
 
     def __init__(self, graph: CapturedGraph, report: Report, codegen: str = "auto") -> None:
@@ -49,6 +50,7 @@ class CompiledForward:
         self.inputs = dict(graph.inputs)
         self.merges = tuple(graph.merges)
         self.vocab_size = int(graph.output_value().shape[-1])
+        self._logits_dtype = graph.output_value().dtype
         lowered = graph.copy()
         report.kernels = choose_kernels(lowered)
         self._programs: list[Program] = []
@@ -72,6 +74,20 @@ class CompiledForward:
             graph.constants[spec.target] if spec.kind == "constant" else None for spec in specs
         ]
         self._bound_cache: CacheTensors | None = None
+        self.binding = 0
+
+    def activation_bytes(self, num_tokens: int, num_rows: int) -> int:
+        """Bytes of the values that live at once in a step, by formula; kernels' own come on top.
+
+        Raises: UnsupportedModelError if a size depends on data.
+        """
+        placeholders = [node for node in self.lowered.graph.nodes if node.op == "placeholder"]
+        sizes = Sizes(placeholders, list(self.inputs.values()), Step(num_tokens, num_rows, ()))
+        return peak_bytes(self.lowered.graph, sizes)
+
+    def logits_bytes(self, num_rows: int) -> int:
+        """Bytes of so many rows of logits."""
+        return num_rows * self.vocab_size * self._logits_dtype.itemsize
 
     @property
     def weight_inputs(self) -> list[InputSpec]:
@@ -97,6 +113,7 @@ class CompiledForward:
         self._forget_addresses()
 
     def _forget_addresses(self) -> None:
+        self.binding += 1
         for program in self._programs:
             program.forget()
 

@@ -46,6 +46,11 @@ class Config:
         max_num_seqs: Sequences that may run in one step.
         max_num_batched_tokens: Tokens computed in one step; longer prompts are chunked.
         max_model_len: Longest sequence (prompt + output) in tokens; None: the model's own limit.
+        gpu_memory_utilization: Share of a GPU's memory that an `Engine` may fill with all it needs:
+            weights, activations, captured decode steps and the KV cache, which gets the rest. What
+            `generate` alone uses is bounded as kv_cache_memory_bytes says.
+        enforce_eager: Launch each kernel of a decode step, instead of capturing steps as CUDA
+            graphs and replaying them.
         block_size: Tokens per block of the paged KV cache: 16, 32 or 64.
         kv_cache_memory_bytes: Size of the KV cache pool; None: as much as the calls can need, at
             most half of the memory that is free when the pool is created.
@@ -71,6 +76,8 @@ class Config:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     max_model_len: int | None = None
+    gpu_memory_utilization: float = 0.9
+    enforce_eager: bool = False
     block_size: int = 16
     kv_cache_memory_bytes: int | None = None
     prefix_cache: bool = True
@@ -91,7 +98,8 @@ class Config:
             raise ValueError(f"block_size must be 16, 32 or 64, got {self.block_size!r}")
         if self.kv_cache_memory_bytes is not None:
             check_int("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1, 1 << 50)
-        for name in ("prefix_cache", "graph_cache"):
+        check_float("gpu_memory_utilization", self.gpu_memory_utilization, 0.01, 1.0)
+        for name in ("prefix_cache", "graph_cache", "enforce_eager"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be a bool, got {getattr(self, name)!r}")
         for name, known in (("weight_check", WEIGHT_CHECKS), ("codegen", CODEGENS)):

@@ -15,6 +15,8 @@ Source: Williams et al. 2009, doi:10.1145/1498765.1498785 (roofline).
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +26,7 @@ from torch import fx
 
 from .errors import UnsupportedModelError
 from .passes import InputSpec
+from .passes.graph import memory_of
 
 GATED = "fastgen::packed_gated_linear"
 ATTENTION = "fastgen::paged_attention"
@@ -209,3 +212,31 @@ def num_seen(new: int, length: int, window: int) -> int:
 def num_keys(new: int, length: int, window: int) -> int:
     """Keys that any of the last `new` tokens of a sequence sees."""
     return min(length, new + window - 1) if window else length
+
+
+def peak_bytes(graph: fx.Graph, sizes: Sizes) -> int:
+    """Most bytes of values that are alive at once; inputs of the graph are not counted.
+
+    The graph's Python drops a value after its last use; views keep their memory alive.
+    """
+    inputs = {memory_of(node) for node in graph.nodes if node.op == "placeholder"}
+    first: dict[int, tuple[int, int]] = {}  # memory -> where it begins, bytes
+    last: dict[int, int] = {}  # memory -> index of the node that uses it last
+    for index, node in enumerate(graph.nodes):
+        for storage in _storages(node):
+            if storage._cdata not in inputs and storage._cdata not in first:
+                first[storage._cdata] = index, sizes.size(storage.nbytes())
+        for used in (node, *node.all_input_nodes):
+            last.update({storage._cdata: index for storage in _storages(used)})
+    change: Counter[int] = Counter()
+    for memory, (index, nbytes) in first.items():
+        change[index] += nbytes
+        change[last[memory] + 1] -= nbytes
+    return max(itertools.accumulate(change[index] for index in sorted(change)))
+
+
+def _storages(node: fx.Node) -> list[torch.UntypedStorage]:
+    """The memory of a node's value, be it a tensor or several."""
+    value = node.meta.get("val")
+    values = value if isinstance(value, tuple | list) else (value,)
+    return [tensor.untyped_storage() for tensor in values if isinstance(tensor, torch.Tensor)]

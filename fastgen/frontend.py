@@ -182,7 +182,9 @@ class Engine:
         if self._closed:
             raise EngineClosedError("this engine is closed; make a new one: fastgen.Engine(model)")
         try:
-            return api.require(self.model).ready(self.model)
+            core = api.require(self.model).ready(self.model)
+            core.fills_gpu = True
+            return core
         except TransformersLoop as reason:
             raise EngineClosedError(f"the engine cannot run this model: {reason}") from None
 

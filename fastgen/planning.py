@@ -7,7 +7,6 @@ each number counts, and costs.py for the FLOPs and bytes of an op.
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 from collections import Counter
@@ -16,11 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
 
 from .capture import capture, check_model
 from .config import Config, check_float, check_int
-from .costs import Cost, Sizes, Step, may_read_matrix, node_cost, op_name, product_weight
+from .costs import (
+    Cost,
+    Sizes,
+    Step,
+    may_read_matrix,
+    node_cost,
+    op_name,
+    peak_bytes,
+    product_weight,
+)
 from .engine.kv_cache import block_bytes
 from .errors import UnsupportedModelError
 from .passes import CacheSpec, CapturedGraph, run_passes
@@ -404,32 +411,8 @@ class _Steps:
         return total
 
     def activation_bytes(self, num_tokens: int, num_rows: int) -> int:
-        """Most bytes of values that are alive at once; inputs of the graph are not counted.
-
-        The graph's Python drops a value after its last use; views keep their memory alive.
-        """
         sizes = self._sizes(Step(num_tokens, num_rows, ()))
-        inputs = {memory_of(node) for node in self.graph.placeholders()}
-        first: dict[int, tuple[int, int]] = {}  # memory -> where it begins, bytes
-        last: dict[int, int] = {}  # memory -> index of the node that uses it last
-        for index, node in enumerate(self.graph.graph.nodes):
-            for storage in _storages(node):
-                if storage._cdata not in inputs and storage._cdata not in first:
-                    first[storage._cdata] = index, sizes.size(storage.nbytes())
-            for used in (node, *node.all_input_nodes):
-                last.update({storage._cdata: index for storage in _storages(used)})
-        change: Counter[int] = Counter()
-        for memory, (index, nbytes) in first.items():
-            change[index] += nbytes
-            change[last[memory] + 1] -= nbytes
-        return max(itertools.accumulate(change[index] for index in sorted(change)))
-
-
-def _storages(node: fx.Node) -> list[torch.UntypedStorage]:
-    """The memory of a node's value, be it a tensor or several."""
-    value = node.meta.get("val")
-    values = value if isinstance(value, tuple | list) else (value,)
-    return [tensor.untyped_storage() for tensor in values if isinstance(tensor, torch.Tensor)]
+        return peak_bytes(self.graph.graph, sizes)
 
 
 def _weights(

@@ -14,6 +14,7 @@ if __name__ == "fastgen.kernels":
     from .registry import CallSite, Choice, Implementation, implementations, select
     from .rms_norm import add_rms_norm, rms_norm
     from .rope import rope
+    from .rope_store_kv import rope_store_kv
 
     __all__ = [
         "CallSite",
@@ -28,6 +29,7 @@ if __name__ == "fastgen.kernels":
         "paged_attention",
         "rms_norm",
         "rope",
+        "rope_store_kv",
         "select",
         "silu_mul",
     ]

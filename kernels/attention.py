@@ -12,10 +12,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from . import gpu
 from .registry import CallSite, register
 
 # The fp32 scores of one tile of queries stay under this many elements (64 MiB).
 MAX_SCORES = 1 << 24
+# The largest head of the Triton kernels' table of tiles.
+MAX_TRITON_HEAD_DIM = 256
 
 
 def attend_reference(
@@ -153,6 +156,28 @@ def attention_sdpa(query, key, value, mask, scale, window, softcap, sinks, layer
     return attend_sdpa(query, key, value, scale, window).contiguous()
 
 
+def attention_triton(query, key, value, mask, scale, window, softcap, sinks, layer_idx):
+    from .gpu.flash_attention import launch_of
+    from .gpu.launch import card_of
+
+    query, key, value = (
+        tensor if tensor.stride(2) == 1 else tensor.contiguous() for tensor in (query, key, value)
+    )
+    output = query.new_empty((query.shape[0], query.shape[1], value.shape[2]))
+    card = card_of(query.device)
+    launch_of(query, key, value, output, None, None, scale, window, softcap, sinks, card).run()
+    return output
+
+
+def triton_refuses(call: CallSite) -> str | None:
+    dtype = call.args["query"].dtype
+    if any(call.args[name].dtype != dtype for name in ("key", "value")):
+        return "query, key and value are of several dtypes"
+    if max(call.args["query"].shape[2], call.args["value"].shape[2]) > MAX_TRITON_HEAD_DIM:
+        return f"heads are larger than {MAX_TRITON_HEAD_DIM}"
+    return gpu.refuses(call, "query", least=gpu.LEAST_FOR_PRODUCTS)
+
+
 def sdpa_refuses(call: CallSite) -> str | None:
     """torch's fused attention knows neither softcap nor sinks."""
     if call.args["softcap"]:
@@ -164,3 +189,4 @@ def sdpa_refuses(call: CallSite) -> str | None:
 
 register("fastgen::attention", "reference", attention_reference)
 register("fastgen::attention", "sdpa", attention_sdpa, sdpa_refuses)
+register("fastgen::attention", "triton", attention_triton, triton_refuses)

@@ -12,8 +12,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from . import cpu
+from . import cpu, gpu
 from .registry import CallSite, register
+from .rows import rows_of
 
 _SILU_MUL = cpu.Kernel("silu_mul", "piipiipiiiiib")
 _GELU_TANH_MUL = cpu.Kernel("gelu_tanh_mul", "piipiipiiiiib")
@@ -79,7 +80,7 @@ def _(gate, up, tanh):
 
 def _gated_cpu(kernel: cpu.Kernel, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     output = gate.new_empty(gate.shape)
-    rows = cpu.rows_of(gate, up, output)
+    rows = rows_of(gate, up, output)
     if rows is None:
         return _gated_cpu(kernel, gate.contiguous(), up.contiguous())
     outer, inner, strides = rows
@@ -114,7 +115,32 @@ def cpu_refuses(call: CallSite) -> str | None:
     return cpu.refuses(call, "gate")
 
 
+def _gated_triton(activation: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    from .gpu.gated_activation import launch_of
+
+    output = gate.new_empty(gate.shape)
+    launch = launch_of(gate, up, output, activation)
+    if launch is None:
+        return _gated_triton(activation, gate.contiguous(), up.contiguous())
+    launch.run()
+    return output
+
+
+def silu_mul_triton(gate, up):
+    return _gated_triton("silu", gate, up)
+
+
+def gelu_mul_triton(gate, up, tanh):
+    return _gated_triton("gelu_tanh" if tanh else "gelu", gate, up)
+
+
+def triton_refuses(call: CallSite) -> str | None:
+    return gpu.refuses(call, "gate")
+
+
 register("fastgen::silu_mul", "reference", silu_mul_reference)
 register("fastgen::silu_mul", "cpu", silu_mul_cpu, cpu_refuses)
+register("fastgen::silu_mul", "triton", silu_mul_triton, triton_refuses)
 register("fastgen::gelu_mul", "reference", gelu_mul_reference)
 register("fastgen::gelu_mul", "cpu", gelu_mul_cpu, cpu_refuses)
+register("fastgen::gelu_mul", "triton", gelu_mul_triton, triton_refuses)

@@ -11,8 +11,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from . import cpu
-from .attention import attend_reference, attend_sdpa, check_heads, sdpa_refuses
+from . import cpu, gpu
+from .attention import (
+    MAX_TRITON_HEAD_DIM,
+    attend_reference,
+    attend_sdpa,
+    check_heads,
+    sdpa_refuses,
+)
 from .registry import CallSite, register
 
 _PAGED_ATTENTION = cpu.Kernel("paged_attention", "piipiipiippiiiiipipiippiididppb", "b")
@@ -51,7 +57,7 @@ def paged_attention(
     value: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
+    slot_mapping: torch.Tensor | None,
     block_table: torch.Tensor,
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -68,9 +74,11 @@ def paged_attention(
         key_cache, value_cache: [num_blocks, num_kv_heads, block_size, head_dim or v_head_dim];
             mutated. Writes are idempotent: a repeated step gives the same cache.
         slot_mapping: [num_tokens] int64, block_id * block_size + offset; -1: not stored (it goes
-            to block 0, the null block, which no sequence reads).
+            to block 0, the null block, which no sequence reads). None: keys and values are in the
+            cache already, `rope_store_kv` has written them.
         block_table: [num_seqs, max_blocks_per_seq] int32; entries past seq_lens are never read.
-        query_start_loc: [num_seqs + 1] int32, prefix sum of new tokens.
+        query_start_loc: [num_seqs + 1] int32, prefix sum of new tokens. Where there are as many
+            tokens as sequences, each has one.
         seq_lens: [num_seqs] int32, in tokens, including this step's. A query of a sequence stands
             at position seq_len - (its new tokens) + i.
         scale, window, softcap, sinks: as in `attention`.
@@ -132,7 +140,8 @@ def paged_attention_reference(
     softcap,
     sinks,
 ):
-    write_cache(key, value, key_cache, value_cache, slot_mapping)
+    if slot_mapping is not None:
+        write_cache(key, value, key_cache, value_cache, slot_mapping)
     output = query.new_zeros((query.shape[0], query.shape[1], value.shape[2]))
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
     for sequence, length in enumerate(lengths):
@@ -170,7 +179,8 @@ def paged_attention_sdpa(
     A sequence with one new token needs no causal mask, so its grouped heads become the query rows
     of one attention per KV head over pages padded to the longest such sequence.
     """
-    write_cache(key, value, key_cache, value_cache, slot_mapping)
+    if slot_mapping is not None:
+        write_cache(key, value, key_cache, value_cache, slot_mapping)
     output = query.new_zeros((query.shape[0], query.shape[1], value.shape[2]))
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
     single = _attend_chunks(
@@ -326,6 +336,8 @@ _CPU_ERRORS = (
 
 
 def cpu_refuses(call: CallSite) -> str | None:
+    if call.args["slot_mapping"] is None:
+        return "the keys are in the cache already"
     dtype = call.args["query"].dtype
     if any(call.args[name].dtype != dtype for name in ("key", "value", "key_cache", "value_cache")):
         return "query, key, value and cache are of several dtypes"
@@ -334,6 +346,71 @@ def cpu_refuses(call: CallSite) -> str | None:
     return cpu.refuses(call, "query")
 
 
+def paged_attention_triton(
+    query,
+    key,
+    value,
+    key_cache,
+    value_cache,
+    slot_mapping,
+    block_table,
+    query_start_loc,
+    seq_lens,
+    scale,
+    window,
+    softcap,
+    sinks,
+):
+    """Prompts without a cached prefix over their own keys, the rest over the pages."""
+    from .gpu.launch import card_of, run_all
+    from .gpu.paged_attention import launches_of
+    from .gpu.rope_store_kv import launch_of
+
+    query, key, value = (
+        tensor if tensor.stride(2) == 1 else tensor.contiguous() for tensor in (query, key, value)
+    )
+    if slot_mapping is not None:
+        launch_of(
+            *(None, key, value, None, None, False, None, None),
+            key_cache,
+            value_cache,
+            slot_mapping,
+        ).run()
+    shape = (query.shape[0], query.shape[1], value.shape[2])
+    # Only a step with prompts can have rows that belong to no sequence.
+    only_decodes = query.shape[0] == seq_lens.shape[0]
+    output = query.new_empty(shape) if only_decodes else query.new_zeros(shape)
+    run_all(
+        launches_of(
+            query,
+            key,
+            value,
+            key_cache,
+            value_cache,
+            output,
+            block_table,
+            query_start_loc,
+            seq_lens,
+            scale,
+            window,
+            softcap,
+            sinks,
+            card_of(query.device),
+        )
+    )
+    return output
+
+
+def triton_refuses(call: CallSite) -> str | None:
+    dtype = call.args["query"].dtype
+    if any(call.args[name].dtype != dtype for name in ("key", "value", "key_cache", "value_cache")):
+        return "query, key, value and cache are of several dtypes"
+    if max(call.args["query"].shape[2], call.args["value"].shape[2]) > MAX_TRITON_HEAD_DIM:
+        return f"heads are larger than {MAX_TRITON_HEAD_DIM}"
+    return gpu.refuses(call, "query", least=gpu.LEAST_FOR_PRODUCTS)
+
+
 register("fastgen::paged_attention", "reference", paged_attention_reference)
 register("fastgen::paged_attention", "sdpa", paged_attention_sdpa, sdpa_refuses)
 register("fastgen::paged_attention", "cpu", paged_attention_cpu, cpu_refuses)
+register("fastgen::paged_attention", "triton", paged_attention_triton, triton_refuses)

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import torch
 
-from . import cpu
+from . import cpu, gpu
 from .registry import CallSite, register
+from .rows import rows_of
 
 _RMS_NORM = cpu.Kernel("rms_norm", "piipiippiipiiiiiddbb")
 
@@ -137,7 +138,7 @@ def _norm_cpu(input, residual, weight, eps, weight_offset, cast_first):
     output = _like(input)
     second = input if residual is None else residual
     total = output if residual is None else _like(input)
-    rows = cpu.rows_of(input, second, output, total)
+    rows = rows_of(input, second, output, total)
     if rows is None:
         rest = None if residual is None else residual.contiguous()
         made = _norm_cpu(input.contiguous(), rest, weight, eps, weight_offset, cast_first)
@@ -177,7 +178,39 @@ def cpu_refuses(call: CallSite) -> str | None:
     return cpu.refuses(call, "input")
 
 
+def rms_norm_triton(input, weight, eps, weight_offset, cast_first):
+    return _norm_triton(input, None, weight, eps, weight_offset, cast_first)[0]
+
+
+def add_rms_norm_triton(input, residual, weight, eps, weight_offset, cast_first):
+    return _norm_triton(input, residual, weight, eps, weight_offset, cast_first)
+
+
+def _norm_triton(input, residual, weight, eps, weight_offset, cast_first):
+    """The output and, with a residual, the sum."""
+    from .gpu.rms_norm import launch_of
+
+    output = _like(input)
+    total = None if residual is None else _like(input)
+    launch = launch_of(input, residual, weight, output, total, eps, weight_offset, cast_first)
+    if launch is None:
+        rest = None if residual is None else residual.contiguous()
+        made = _norm_triton(input.contiguous(), rest, weight, eps, weight_offset, cast_first)
+        return output.copy_(made[0]), None if total is None else total.copy_(made[1])
+    launch.run()
+    return output, total
+
+
+def triton_refuses(call: CallSite) -> str | None:
+    weight = call.args["weight"]
+    if weight is not None and not weight.is_contiguous():
+        return "the weight is not contiguous"
+    return gpu.refuses(call, "input")
+
+
 register("fastgen::rms_norm", "reference", rms_norm_reference)
 register("fastgen::rms_norm", "cpu", rms_norm_cpu, cpu_refuses)
+register("fastgen::rms_norm", "triton", rms_norm_triton, triton_refuses)
 register("fastgen::add_rms_norm", "reference", add_rms_norm_reference)
 register("fastgen::add_rms_norm", "cpu", add_rms_norm_cpu, cpu_refuses)
+register("fastgen::add_rms_norm", "triton", add_rms_norm_triton, triton_refuses)

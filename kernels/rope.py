@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from . import cpu
+from . import cpu, gpu
 from .registry import CallSite, register
 
 _ROPE = {  # by the tables' dtype
@@ -146,5 +146,21 @@ def cpu_refuses(call: CallSite) -> str | None:
     return cpu.refuses(call, "query", "cos")
 
 
+def rope_triton(query, key, cos, sin, interleaved):
+    from .gpu.rope_store_kv import launch_of
+
+    query, key, cos, sin = (_heads(tensor) for tensor in (query, key, cos, sin))
+    rotated = query.new_empty(query.shape), key.new_empty(key.shape)
+    launch_of(query, key, None, cos, sin, interleaved, *rotated, None, None, None).run()
+    return rotated
+
+
+def triton_refuses(call: CallSite) -> str | None:
+    if call.args["query"].shape[2] != call.args["key"].shape[2]:
+        return "query and key have several head sizes"
+    return gpu.refuses(call, "query", "cos")
+
+
 register("fastgen::rope", "reference", rope_reference)
 register("fastgen::rope", "cpu", rope_cpu, cpu_refuses)
+register("fastgen::rope", "triton", rope_triton, triton_refuses)

@@ -7,12 +7,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+from ..kernels import gpu
 from .canonicalize import canonicalize
 from .fuse_gated_activation import fuse_gated_activation
 from .fuse_rms_norm import fuse_rms_norm
 from .fuse_rope import fuse_rope
+from .fuse_rope_store import fuse_rope_store
 from .graph import CapturedGraph, fake_mode_of
 from .insert_paged_cache import insert_paged_cache
 from .merge_linears import merge_linears
@@ -31,11 +34,13 @@ class RequiredPassError(ValueError):
 class Pass:
     """A rewrite: `run` changes the graph it is given and returns its report.
 
-    A required pass cannot be switched off, and its failure is the caller's error.
+    A required pass cannot be switched off, and its failure is the caller's error. only_on:
+    whether it is for graphs on a device, None: for all.
     """
 
     run: Callable[[CapturedGraph], PassReport]
     required: bool = False
+    only_on: Callable[[torch.device], bool] | None = None
 
     @property
     def name(self) -> str:
@@ -51,6 +56,7 @@ PASSES: tuple[Pass, ...] = (
     Pass(pack_gated_linears),
     Pass(pack_linears),
     Pass(insert_paged_cache, required=True),
+    Pass(fuse_rope_store, only_on=gpu.runs_on),
 )
 
 
@@ -83,9 +89,13 @@ def _run(
     captured: CapturedGraph, passes_off: Sequence[str], passes: Sequence[Pass], check_each: bool
 ) -> tuple[CapturedGraph, Report]:
     report, current = Report(), captured
+    device = captured.output_value().device
     for item in passes:
         if item.name in passes_off:
             report.passes.append(PassReport(item.name, status="off"))
+            continue
+        if item.only_on is not None and not item.only_on(device):
+            report.passes.append(PassReport(item.name, status=f"not for {device.type}"))
             continue
         start = time.perf_counter()
         candidate = current.copy()

@@ -8,7 +8,8 @@ from typing import Any
 
 @dataclass
 class PassReport:
-    """One pass over one graph. status: applied, off (by name) or rolled back (it failed)."""
+    """One pass over one graph. status: applied, off (by name), rolled back (it failed), or
+    not for the graph's kind of device."""
 
     name: str
     matches: int = 0

@@ -42,15 +42,15 @@ def _single(draw: random.Random, vocab_size: int, max_len: int) -> Workload:
     return Workload("single", [(_prompt(draw, vocab_size, length), length)])
 
 
-def _mixed(draw: random.Random, vocab_size: int, max_len: int) -> Workload:
-    """32 requests, log-normal prompts (median 110) and outputs (median 72)."""
+def _mixed(draw: random.Random, vocab_size: int, max_len: int, count: int = 32) -> Workload:
+    """`count` requests, log-normal prompts (median 110) and outputs (median 72)."""
 
     def log_normal(median: float, low: int, high: int) -> int:
         length = int(min(high, max(low, draw.lognormvariate(0, 0.9) * median)))
         return min(length, max_len // 2)
 
     requests = []
-    for _ in range(32):
+    for _ in range(count):
         prompt = _prompt(draw, vocab_size, log_normal(110, 16, 512))
         requests.append((prompt, log_normal(72, 16, 256)))
     return Workload("mixed", requests)
@@ -68,6 +68,11 @@ def _prefill(draw: random.Random, vocab_size: int, max_len: int) -> Workload:
     """Prompts of 1024 and of 2048 tokens, one after the other, one token each."""
     lengths = [min(length, max_len - 1) for length in (1024, 2048)]
     return Workload("prefill", [(_prompt(draw, vocab_size, n), 1) for n in lengths], True)
+
+
+def mixed_workload(count: int, vocab_size: int, max_len: int, seed: int) -> Workload:
+    """The workload "mixed" with so many requests."""
+    return _mixed(random.Random(seed), vocab_size, max_len, count)
 
 
 WORKLOADS: dict[str, Callable[[random.Random, int, int], Workload]] = {

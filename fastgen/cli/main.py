@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from .._version import __version__
 from ..errors import FastgenError
-from . import bench, cache, demo, explain, generate, plan
+from . import bench, cache, demo, explain, generate, kernels, plan
 
-COMMANDS = (demo, generate, explain, bench, plan, cache)
+COMMANDS = (demo, generate, explain, bench, plan, cache, kernels)
 
 
 def build_parser() -> argparse.ArgumentParser:

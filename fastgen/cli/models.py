@@ -43,6 +43,31 @@ SHAPES: dict[str, dict[str, Any]] = {
         },
         "tie_word_embeddings": True,
     },
+    "qwen3-0.6b": {
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        "tie_word_embeddings": True,
+    },
+    "llama-3-8b": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        "tie_word_embeddings": False,
+    },
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -86,21 +111,22 @@ def load_model(folder: Path, dtype: str | None, device: str) -> tuple[Any, Any]:
     return model.to(device).eval(), tokenizer if has_tokenizer else None
 
 
-def random_model(shape: str, dtype: str, device: str, seed: int = 0) -> Any:
-    """A model of a known shape with seeded random weights.
+def random_model(shape: str, dtype: str, device: str, seed: int = 0, **fields: Any) -> Any:
+    """A model of a known shape with seeded random weights, made where it will be.
 
-    Raises: ValueError for an unknown shape.
+    fields: Of the configuration, which are others. Raises: ValueError for an unknown shape.
     """
     from transformers import AutoModelForCausalLM
 
-    config = shape_config(shape)
+    config = shape_config(shape, **fields)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
     return model.to(device).eval()
 
 
-def shape_config(shape: str) -> Any:
-    """The transformers config of a known shape.
+def shape_config(shape: str, **fields: Any) -> Any:
+    """The transformers config of a known shape, with some fields changed.
 
     Raises: ValueError for an unknown shape.
     """
@@ -108,5 +134,5 @@ def shape_config(shape: str) -> Any:
 
     if shape not in SHAPES:
         raise ValueError(f"--shape must be one of {', '.join(SHAPES)}, got {shape!r}")
-    fields = dict(SHAPES[shape])
-    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+    known = {**SHAPES[shape], **fields}
+    return AutoConfig.for_model(known.pop("model_type"), **known)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ class ForwardBatch:
     for a token that is not stored. query_start_loc: [S + 1] int32, prefix sum of new tokens.
     seq_lens: [S] int32, tokens in the cache after this step. block_table: [S, max_blocks] int32,
     padded with the null block. logits_indices: [R] int64, the tokens whose logits are wanted.
+    numbers: The bytes of all of them but the block table, one behind the other.
     """
 
     input_ids: torch.Tensor
@@ -27,19 +30,84 @@ class ForwardBatch:
     seq_lens: torch.Tensor
     block_table: torch.Tensor
     logits_indices: torch.Tensor
+    numbers: torch.Tensor
+
+    @classmethod
+    def in_buffer(cls, layout: BatchLayout, buffer: torch.Tensor, table: torch.Tensor) -> Self:
+        """A batch that lies in a buffer of bytes, and its block table."""
+        fields = {
+            name: buffer[start:end].view(dtype)
+            for name, dtype, start, end in layout.places()
+            if name != "block_table"
+        }
+        return cls(**fields, block_table=table, numbers=buffer[: layout.num_bytes])
 
 
-def build_batch(output: SchedulerOutput, block_size: int, device: torch.device) -> ForwardBatch:
-    """Lay out a scheduled step; sequences in the order of `output.scheduled`."""
+@dataclass(frozen=True)
+class BatchLayout:
+    """Where the numbers of a step lie in one buffer, so that one copy brings them to a device."""
+
+    num_tokens: int
+    num_seqs: int
+    num_rows: int
+
+    def places(self) -> Iterator[tuple[str, torch.dtype, int, int]]:
+        """Name, dtype, first byte and the one behind the last of each field; wide ones first."""
+        start = 0
+        for name, dtype, count in (
+            ("input_ids", torch.int64, self.num_tokens),
+            ("positions", torch.int64, self.num_tokens),
+            ("slot_mapping", torch.int64, self.num_tokens),
+            ("logits_indices", torch.int64, self.num_rows),
+            ("query_start_loc", torch.int32, self.num_seqs + 1),
+            ("seq_lens", torch.int32, self.num_seqs),
+        ):
+            end = start + count * dtype.itemsize
+            yield name, dtype, start, end
+            start = end
+
+    @property
+    def num_bytes(self) -> int:
+        return 8 * (3 * self.num_tokens + self.num_rows) + 4 * (2 * self.num_seqs + 1)
+
+
+def build_batch(
+    output: SchedulerOutput, block_size: int, device: torch.device, num_seqs: int | None = None
+) -> ForwardBatch:
+    """Lay out a scheduled step; sequences in the order of `output.scheduled`.
+
+    num_seqs: Fill a step of decodes up to so many sequences: the added ones have one token, which
+        is not stored, and see one slot of the null block.
+    """
     decodes, items = output.decodes, output.items
-    num_decodes, num_tokens, num_seqs = len(decodes), output.num_tokens, output.num_seqs
-    input_ids = np.empty(num_tokens, np.int64)
-    positions = np.empty(num_tokens, np.int64)
-    slot_mapping = np.empty(num_tokens, np.int64)
-    query_start_loc = np.arange(num_seqs + 1, dtype=np.int32)
-    seq_lens = np.empty(num_seqs, np.int32)
+    num_decodes = len(decodes)
+    num_added = 0 if num_seqs is None else num_seqs - output.num_seqs
+    assert not (num_added and items), "only steps of decodes are filled up"
+    layout = BatchLayout(
+        output.num_tokens + num_added,
+        output.num_seqs + num_added,
+        num_decodes + num_added + sum(item.num_logits for item in items),
+    )
     width = max(1, decodes.block_table.shape[1], *(len(item.request.block_ids) for item in items))
-    block_table = np.zeros((num_seqs, width), np.int32)
+    table_bytes = 4 * layout.num_seqs * width
+    num_bytes = layout.num_bytes
+    on_gpu = device.type == "cuda"
+    # Pinned, so that the copy needs no wait; torch keeps the memory until the copy is over.
+    host = torch.empty(num_bytes + table_bytes, dtype=torch.uint8, pin_memory=on_gpu)
+    buffer = host.numpy()
+    field: dict[str, Any] = {
+        name: buffer[start:end].view(np.int64 if dtype is torch.int64 else np.int32)
+        for name, dtype, start, end in layout.places()
+    }
+    block_table = buffer[num_bytes:].view(np.int32).reshape(layout.num_seqs, width)
+    block_table.fill(0)
+    input_ids, positions, slot_mapping = (
+        field[name] for name in ("input_ids", "positions", "slot_mapping")
+    )
+    query_start_loc, seq_lens = field["query_start_loc"], field["seq_lens"]
+    logits_indices = field["logits_indices"]
+    query_start_loc[:] = np.arange(layout.num_seqs + 1, dtype=np.int32)
+    logits_indices[: num_decodes + num_added] = np.arange(num_decodes + num_added)
 
     input_ids[:num_decodes] = decodes.token_ids
     positions[:num_decodes] = decodes.positions
@@ -49,8 +117,10 @@ def build_batch(output: SchedulerOutput, block_size: int, device: torch.device) 
     slot_mapping[:num_decodes] = (
         block_table[np.arange(num_decodes), block].astype(np.int64) * block_size + offset
     )
-    logits_indices = list(range(num_decodes))
-    token = num_decodes
+    if num_added:
+        for array, filler in ((input_ids, 0), (positions, 0), (slot_mapping, -1), (seq_lens, 1)):
+            array[num_decodes:] = filler
+    token = logits_row = num_decodes
     for row, item in enumerate(items, num_decodes):
         request, start, end = item.request, item.start, item.start + item.num_tokens
         here = slice(token, token + item.num_tokens)
@@ -70,17 +140,9 @@ def build_batch(output: SchedulerOutput, block_size: int, device: torch.device) 
             seq_lens[row] = end
         token += item.num_tokens
         query_start_loc[row + 1] = token
-        logits_indices.extend(range(token - item.num_logits, token))
-
-    def tensor(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(device)
-
-    return ForwardBatch(
-        input_ids=tensor(input_ids),
-        positions=tensor(positions),
-        slot_mapping=tensor(slot_mapping),
-        query_start_loc=tensor(query_start_loc),
-        seq_lens=tensor(seq_lens),
-        block_table=tensor(block_table),
-        logits_indices=tensor(np.asarray(logits_indices, np.int64)),
-    )
+        last_row = logits_row + item.num_logits
+        logits_indices[logits_row:last_row] = np.arange(token - item.num_logits, token)
+        logits_row = last_row
+    data = host.to(device, non_blocking=True) if on_gpu else host
+    table = data[num_bytes:].view(torch.int32).view(layout.num_seqs, width)
+    return ForwardBatch.in_buffer(layout, data, table)

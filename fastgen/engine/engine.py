@@ -25,8 +25,10 @@ from ..errors import (
 )
 from ..outputs import EngineMetrics
 from .block_pool import BlockPool
+from .decode_graphs import CudaCapturer, DecodeGraphs, batch_buckets
 from .kv_cache import KVCache, block_bytes, free_memory_bytes
 from .mailbox import Mailbox
+from .memory_plan import GpuMemory, MemoryPlan, plan_memory
 from .prefix_cache import root_digest
 from .request import Request, RequestStatus
 from .runner import Runner
@@ -56,6 +58,7 @@ class EngineCore:
         self.max_model_len = max_model_len
         self.epoch = 0
         self.poison_freed_blocks = False  # set by tests: whoever reads a freed block sees NaN
+        self.fills_gpu = False  # an explicit Engine may fill the GPU as gpu_memory_utilization says
         self._scheduler: Scheduler | None = None
         self._runner: Runner | None = None
         self._sampling: dict[int, SamplingState] = {}
@@ -249,11 +252,35 @@ class EngineCore:
         """Blocks of a new pool: what max_num_seqs can need, at most the memory it may take."""
         per_block = block_bytes(self.compiled.spec, self.config.block_size)
         allowed = self.config.kv_cache_memory_bytes
-        if allowed is None:
+        if allowed is None and self.device.type == "cuda" and self.fills_gpu:
+            allowed = self._plan_gpu_memory().cache
+        elif allowed is None:
             allowed = free_memory_bytes(self.device) // 2
-        longest = -(-self.max_model_len // self.config.block_size)
-        needed = self.config.max_num_seqs * longest + 1
+        needed = self.config.max_num_seqs * self._longest_table() + 1
         return max(2, min(needed, allowed // per_block))
+
+    def _longest_table(self) -> int:
+        """Blocks of the longest sequence."""
+        return -(-self.max_model_len // self.config.block_size)
+
+    def _buckets(self) -> tuple[int, ...]:
+        """Numbers of sequences whose decode steps are captured."""
+        if self.device.type != "cuda" or self.config.enforce_eager:
+            return ()
+        return batch_buckets(self.config.max_num_seqs)
+
+    def _plan_gpu_memory(self) -> MemoryPlan:
+        free, total = torch.cuda.mem_get_info(self.device)
+        # What torch keeps and nobody uses is free, too.
+        kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return plan_memory(
+            GpuMemory(total, free + kept),
+            self.compiled,
+            self.config.gpu_memory_utilization,
+            self.config.max_num_batched_tokens,
+            self._buckets(),
+            self._longest_table(),
+        )
 
     def _admit(self, requests: list[Request]) -> None:
         """Queue requests; what prevents it ends them."""
@@ -283,7 +310,12 @@ class EngineCore:
         if self._scheduler is None:
             num_blocks = self._pool_blocks()
             cache = KVCache(self.compiled.spec, num_blocks, self.config.block_size, self.device)
-            self._runner = Runner(self.compiled, cache, self.device)
+            graphs = None
+            if buckets := self._buckets():
+                width = min(self._longest_table(), num_blocks)
+                capturer = CudaCapturer(self.device)
+                graphs = DecodeGraphs(self.compiled, cache, self.device, buckets, width, capturer)
+            self._runner = Runner(self.compiled, cache, self.device, graphs)
             self._scheduler = Scheduler(
                 BlockPool(num_blocks),
                 block_size=self.config.block_size,

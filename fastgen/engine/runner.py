@@ -9,6 +9,7 @@ import torch
 
 from ..compiled import CompiledForward
 from .batch import build_batch
+from .decode_graphs import DecodeGraphs
 from .kv_cache import KVCache
 from .scheduler import SchedulerOutput
 
@@ -16,19 +17,33 @@ from .scheduler import SchedulerOutput
 class Runner:
     """The compiled forward and its KV cache on one device.
 
-    forward_seconds: Of the last step; on a GPU until the kernels are queued, not until they ran.
+    graphs: Captured decode steps, where there are any. forward_seconds: Of the last step; on a GPU
+    until the kernels are queued, not until they ran.
     """
 
-    def __init__(self, compiled: CompiledForward, kv_cache: KVCache, device: torch.device) -> None:
+    def __init__(
+        self,
+        compiled: CompiledForward,
+        kv_cache: KVCache,
+        device: torch.device,
+        graphs: DecodeGraphs | None = None,
+    ) -> None:
         self.compiled, self.kv_cache, self.device = compiled, kv_cache, device
+        self.graphs = graphs
         self.forward_seconds = 0.0
 
     @torch.inference_mode()
     def run(self, output: SchedulerOutput) -> torch.Tensor:
         """Run one step; logits [rows that sample, vocab_size] in the order of `scheduled`."""
-        batch = build_batch(output, self.kv_cache.block_size, self.device)
+        bucket = None
+        if self.graphs is not None and not output.items:
+            bucket = self.graphs.bucket_for(output.num_seqs)
+        batch = build_batch(output, self.kv_cache.block_size, self.device, bucket)
         start = time.perf_counter()
-        logits = self.compiled(batch, self.kv_cache)
+        if self.graphs is None or bucket is None:
+            logits = self.compiled(batch, self.kv_cache)
+        else:
+            logits = self.graphs.run(batch)[: output.num_seqs]
         self.forward_seconds = time.perf_counter() - start
         return logits
 

@@ -1,0 +1,69 @@
+"""How much of a GPU's memory the KV cache may take, once all else has its share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..compiled import CompiledForward
+from ..errors import CapacityError
+from .decode_graphs import table_bytes
+
+
+@dataclass(frozen=True)
+class GpuMemory:
+    """Bytes of a GPU: all of it, and what nobody uses now."""
+
+    total_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What the free memory is for. All in bytes.
+
+    left_alone: of the free memory, for others. activations: of the largest step. captures: of
+    captured decode steps, which share one pool: the largest one's values, the logits of each, and
+    the tensors they read. cache: the rest.
+    """
+
+    left_alone: int
+    activations: int
+    captures: int
+    cache: int
+
+
+def plan_memory(
+    memory: GpuMemory,
+    compiled: CompiledForward,
+    utilization: float,
+    max_num_batched_tokens: int,
+    buckets: Sequence[int],
+    table_width: int,
+) -> MemoryPlan:
+    """Divide what is free.
+
+    Args:
+        utilization: Share of all memory that may be in use in the end, by whomever.
+        buckets: Numbers of sequences whose decode steps are captured, () for none.
+        table_width: Blocks of the longest sequence.
+    Raises: CapacityError if nothing is left for the cache.
+    """
+    left_alone = int(memory.total_bytes * (1 - utilization))
+    most_rows = min(max_num_batched_tokens, max(buckets, default=1))
+    activations = compiled.activation_bytes(max_num_batched_tokens, most_rows)
+    captures = 0
+    if buckets:
+        largest = max(buckets)
+        captures = compiled.activation_bytes(largest, largest)
+        captures += sum(compiled.logits_bytes(size) for size in buckets)
+        captures += table_bytes(largest, table_width)
+    cache = memory.free_bytes - left_alone - activations - captures
+    if cache <= 0:
+        raise CapacityError(
+            f"gpu_memory_utilization={utilization} leaves no memory for the KV cache: of "
+            f"{memory.free_bytes} free bytes {left_alone} are left alone, a step needs "
+            f"{activations} and captured steps {captures}; raise it, lower "
+            "max_num_batched_tokens, or set enforce_eager=True"
+        )
+    return MemoryPlan(left_alone, activations, captures, cache)
