@@ -89,7 +89,7 @@ def _run(
     captured: CapturedGraph, passes_off: Sequence[str], passes: Sequence[Pass], check_each: bool
 ) -> tuple[CapturedGraph, Report]:
     report, current = Report(), captured
-    device = captured.output_value().device
+    device = _device_of(captured)
     for item in passes:
         if item.name in passes_off:
             report.passes.append(PassReport(item.name, status="off"))
@@ -115,6 +115,12 @@ def _run(
         report.passes.append(result)
         current = candidate
     return current, report
+
+
+def _device_of(captured: CapturedGraph) -> torch.device:
+    """Where the graph's inputs are."""
+    values = (node.meta["val"] for node in captured.placeholders())
+    return next(value.device for value in values if isinstance(value, torch.Tensor))
 
 
 def check_form(graph: CapturedGraph) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from fastgen.kernels.cpu import why_missing
 from fastgen.kernels.cpu.build import cache_dir
+from interpreted import pytest_collection_modifyitems  # noqa: F401 - a hook of pytest
 from tiny_models import tiny_model
 
 import fastgen

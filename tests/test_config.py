@@ -23,6 +23,8 @@ CONFIG_GOOD = {
     "codegen": ["auto", "direct", "inductor"],
     "prefix_cache": [True, False],
     "graph_cache": [True, False],
+    "gpu_memory_utilization": [0.01, 0.9, 1, 1.0],
+    "enforce_eager": [True, False],
     "pack": ["auto", True, False],
     "passes_off": [(), ("merge_linears",), ["a", "b"]],
 }
@@ -36,6 +38,8 @@ CONFIG_BAD = {
     "codegen": ["", "Direct", "eager", None, True, 1],
     "prefix_cache": [None, 0, 1, 1.0, "yes", [True]],
     "graph_cache": [None, 0, 1, "yes"],
+    "gpu_memory_utilization": [0, -0.5, 1.01, 90, float("nan"), None, "0.9", True],
+    "enforce_eager": [None, 0, 1, "yes"],
     "pack": ["", "Auto", None, 0, 1, 1.0, [True]],
     "passes_off": ["merge_linears", ""],
 }
@@ -68,6 +72,8 @@ def test_config_defaults():
         "weight_check": "sampled",
         "prefix_cache": True,
         "graph_cache": True,
+        "gpu_memory_utilization": 0.9,
+        "enforce_eager": False,
         "pack": "auto",
         "release_weights": False,
         "passes_off": (),

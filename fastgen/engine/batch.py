@@ -20,7 +20,7 @@ class ForwardBatch:
     for a token that is not stored. query_start_loc: [S + 1] int32, prefix sum of new tokens.
     seq_lens: [S] int32, tokens in the cache after this step. block_table: [S, max_blocks] int32,
     padded with the null block. logits_indices: [R] int64, the tokens whose logits are wanted.
-    numbers: The bytes of all of them but the block table, one behind the other.
+    numbers: The bytes of all of them but the block table, one behind the other, if they lie so.
     """
 
     input_ids: torch.Tensor
@@ -30,7 +30,7 @@ class ForwardBatch:
     seq_lens: torch.Tensor
     block_table: torch.Tensor
     logits_indices: torch.Tensor
-    numbers: torch.Tensor
+    numbers: torch.Tensor | None = None
 
     @classmethod
     def in_buffer(cls, layout: BatchLayout, buffer: torch.Tensor, table: torch.Tensor) -> Self:

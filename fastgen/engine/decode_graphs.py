@@ -107,6 +107,8 @@ class DecodeGraphs:
         num_seqs = batch.seq_lens.shape[0]
         layout = BatchLayout(num_seqs, num_seqs, num_seqs)
         inputs = ForwardBatch.in_buffer(layout, self._buffer, self._table[:num_seqs])
+        assert inputs.numbers is not None
+        assert batch.numbers is not None
         inputs.numbers.copy_(batch.numbers)
         inputs.block_table[:, : batch.block_table.shape[1]].copy_(batch.block_table)
         captured = self._captured.get(num_seqs)

@@ -1,6 +1,6 @@
 """The Triton kernels without a GPU: interpreted, and compiled ahead of time.
 
-A process either interprets kernels or compiles them (conftest.py), so that each is one of its own.
+A process either interprets kernels or compiles them (interpreted.py): each is one of its own.
 """
 
 from __future__ import annotations

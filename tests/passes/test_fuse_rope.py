@@ -95,8 +95,9 @@ def test_the_pipeline_runs_all_passes_after_each_other():
         "fuse_rms_norm": 9,
         "fuse_rope": 2,
         "fuse_gated_activation": 2,
+        "fuse_rope_store": 0,  # only for GPUs
     }
-    assert [item.status for item in report.passes] == ["applied"] * len(report.passes)
+    assert {item.status for item in report.passes[:-1]} == {"applied"}
     assert count(after, torch.ops.fastgen.paged_attention.default) == 2
 
 

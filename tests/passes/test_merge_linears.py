@@ -178,7 +178,7 @@ def test_the_new_nodes_carry_the_values_they_make():
 def test_the_graph_passes_the_pipelines_check():
     module = Stack(2)
     _, report = run_passes(lift(module, torch.randn(5, 16)))
-    assert [item.status for item in report.passes] == ["applied"] * len(report.passes)
+    assert {item.status for item in report.passes} == {"applied", "not for cpu"}
 
 
 def test_heads_between_the_linears_and_the_attention_do_not_matter():

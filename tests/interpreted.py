@@ -1,6 +1,6 @@
 """Triton's kernels run in Python where TRITON_INTERPRET=1 was set before Triton was imported.
 
-A process either interprets or compiles them. So this folder's tests of an implementation called
+A process either interprets or compiles them. So the tests in kernels/ of an implementation called
 "triton" are run by a process of their own, which runs no others (test_triton.py).
 """
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from fastgen.kernels.gpu import INTERPRETED
 
-_FOLDER = Path(__file__).parent
+_FOLDER = Path(__file__).parent / "kernels"
 
 if INTERPRETED:
     import triton.language as tl
