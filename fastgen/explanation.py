@@ -114,6 +114,13 @@ class Explanation:
                 f"cache waste {metrics.cache_waste:.1%}, "
                 f"prefix cache hits {metrics.prefix_cache_hit_rate:.1%}"
             )
+            if metrics.captured_graphs or metrics.capture_refusal:
+                lines.append(
+                    f"  CUDA graphs   {metrics.captured_graphs} sizes of decode steps captured, "
+                    f"{metrics.replayed_steps} steps replayed"
+                )
+            if metrics.capture_refusal:
+                lines.append(f"    not any more: {metrics.capture_refusal}")
         if not self.fallbacks:
             lines.append("  fallbacks     none")
         for reason, count in self.fallbacks.items():

@@ -107,7 +107,7 @@ def graph_key(model: nn.Module, passes_off: tuple[str, ...], pack_budget_bytes: 
     describer = _Describer(model)
     parts = [
         _OWN_SOURCES,
-        repr([_pass_name(item) for item in PASSES]),
+        repr([_pass_name(item) for item in PASSES if item.runs_on(device)]),
         repr((sorted(passes_off), pack_budget_bytes)),
         sys.version,
         repr([_version(name) for name in _LIBRARIES]),

@@ -124,7 +124,9 @@ class EngineMetrics:
     prefix_cache_hit_tokens: those of them that the prefix cache held. num_cached_blocks: blocks
     whose content can be found, now. forward_seconds: in the model. sampling_seconds: from logits
     to token ids. host_seconds: the rest of the steps. first_step_seconds: of the first step, 0
-    before it.
+    before it. captured_graphs: sizes of decode steps that are captured as CUDA graphs, now;
+    replayed_steps: of engine_steps those that were replayed with them; capture_refusal: why decode
+    steps are no longer captured, None if they are or never were.
     """
 
     engine_steps: int = 0
@@ -146,6 +148,9 @@ class EngineMetrics:
     sampling_seconds: float = 0.0
     host_seconds: float = 0.0
     first_step_seconds: float = 0.0
+    captured_graphs: int = 0
+    replayed_steps: int = 0
+    capture_refusal: str | None = None
 
     @property
     def prefix_cache_hit_rate(self) -> float:

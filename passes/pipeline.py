@@ -46,6 +46,10 @@ class Pass:
     def name(self) -> str:
         return self.run.__name__
 
+    def runs_on(self, device: torch.device) -> bool:
+        """Whether it is for graphs on this device."""
+        return self.only_on is None or self.only_on(device)
+
 
 PASSES: tuple[Pass, ...] = (
     Pass(canonicalize, required=True),
@@ -94,7 +98,7 @@ def _run(
         if item.name in passes_off:
             report.passes.append(PassReport(item.name, status="off"))
             continue
-        if item.only_on is not None and not item.only_on(device):
+        if not item.runs_on(device):
             report.passes.append(PassReport(item.name, status=f"not for {device.type}"))
             continue
         start = time.perf_counter()

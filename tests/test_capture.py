@@ -120,7 +120,7 @@ def test_the_graph_is_one_flat_graph_after_the_passes(captured_model):
     graph, report = run_passes(captured_model[1])
     assert {node.op for node in graph.graph.nodes} == {"placeholder", "call_function", "output"}
     assert not list(graph.module.children())
-    assert [item.status for item in report.passes] == ["applied"] * len(report.passes)
+    assert {item.status for item in report.passes} == {"applied", "not for cpu"}
     kinds = {spec.kind for spec in graph.inputs.values()}
     assert kinds == {"parameter", "merged", "buffer", "batch", "cache"}
 

@@ -296,7 +296,8 @@ def paged_attentions(model) -> list[tuple]:
 
 def test_every_pass_ran(family, engine):
     report = fastgen.explain(engine.model).report
-    assert {item.name: item.status for item in report.passes if item.status != "applied"} == {}
+    others = {item.name: item.status for item in report.passes if item.status != "applied"}
+    assert others == {"fuse_rope_store": "not for cpu"}
     assert next(p.matches for p in report.passes if p.name == "insert_paged_cache") == 2
     kernels = report.kernels["fastgen::paged_attention"]
     assert sum(entry["calls"] for entry in kernels.values()) == 2

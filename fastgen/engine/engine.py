@@ -308,6 +308,8 @@ class EngineCore:
 
     def _make_pool(self) -> None:
         if self._scheduler is None:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)  # of this thread
             num_blocks = self._pool_blocks()
             cache = KVCache(self.compiled.spec, num_blocks, self.config.block_size, self.device)
             graphs = None
@@ -474,7 +476,7 @@ class EngineCore:
 
     def _snapshot(self) -> EngineMetrics:
         scheduler = self._scheduler
-        now = {}
+        now: dict[str, Any] = {}
         if scheduler is not None:
             pool = scheduler.pool
             now = {
@@ -485,6 +487,11 @@ class EngineCore:
                 "num_cached_blocks": pool.num_cached,
                 "cache_usage": pool.num_used / pool.num_usable,
             }
+        graphs = None if self._runner is None else self._runner.graphs
+        if graphs is not None:
+            now["captured_graphs"] = graphs.num_captured
+            now["replayed_steps"] = graphs.num_replayed
+            now["capture_refusal"] = graphs.refusal
         return EngineMetrics(
             **self._counters,
             **now,

@@ -77,6 +77,12 @@ def test_tokens_are_those_of_transformers(capturer, make_engine, expected, max_n
     graphs = graphs_of(engine)
     assert graphs.num_captured >= 1
     assert graphs.num_replayed > graphs.num_captured
+    metrics = engine.metrics()
+    assert metrics.captured_graphs == graphs.num_captured
+    assert metrics.replayed_steps == graphs.num_replayed < metrics.engine_steps
+    assert f"{graphs.num_captured} sizes of decode steps captured" in str(
+        fastgen.explain(engine.model)
+    )
     assert graphs.refusal is None
 
 
@@ -120,6 +126,7 @@ def test_what_cannot_be_captured_runs_as_it_is(capturer, make_engine, expected, 
     graphs = graphs_of(engine)
     assert graphs.num_captured == graphs.num_replayed == 0
     assert "not permitted when stream is capturing" in graphs.refusal
+    assert f"not any more: {graphs.refusal}" in str(fastgen.explain(engine.model))
     assert len([r for r in caplog.records if "not captured from now on" in r.message]) == 1
 
 
