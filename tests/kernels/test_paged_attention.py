@@ -268,3 +268,35 @@ def test_planted_mistakes_are_seen(name, plant):
     plant(wrong.arguments)
     with pytest.raises(AssertionError, match=r"^error|^a slot"):
         case.assert_accurate(wrong.run(name))
+
+
+@pytest.mark.parametrize("name", ["triton"])
+def test_factors_of_a_quantised_cache(name):
+    """Small integers with a factor per KV head give what they stand for."""
+    from fastgen.kernels.gpu.launch import card_of, run_all
+    from fastgen.kernels.gpu.paged_attention import launches_of
+
+    case = Case(MIXED, head_dim=64, v_head_dim=64)
+    given = case.arguments
+    write_cache(*(given[name] for name in ("key", "value", "key_cache", "value_cache")),
+                given["slot_mapping"])  # fmt: skip
+    factors = {"key": torch.tensor([0.02, 0.05]), "value": torch.tensor([0.03, 0.04])}
+    stored, meant = {}, {}
+    for role, factor in factors.items():
+        pages = given[f"{role}_cache"]
+        column = factor[None, :, None, None]
+        stored[role] = (pages / column).nan_to_num(0.0).round().clamp(-127, 127).to(torch.int8)
+        meant[role] = torch.where(pages.isnan(), pages, stored[role] * column)
+    rest = [given[key] for key in ("block_table", "query_start_loc", "seq_lens", "scale", "window")]
+    rest += [given["softcap"], given["sinks"], card_of(torch.device("cpu"))]
+    results = []
+    for caches, scales in ((stored, factors), (meant, {"key": None, "value": None})):
+        output = torch.zeros(given["query"].shape[0], 14, 64)
+        run_all(
+            launches_of(
+                given["query"], None, None, *caches.values(), output, *rest, *scales.values()
+            )
+        )
+        results.append(output)
+    assert results[0].abs().max() > 0.1
+    torch.testing.assert_close(*results)  # as closely as torch compares fp32
