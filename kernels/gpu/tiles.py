@@ -33,10 +33,10 @@ class Tile:
 # (kind, padded head size, bytes of an element) -> tile, for cards with wgmma or newer.
 _TILES: dict[tuple[Kind, int, int], Tile] = {
     ("dense", 64, 2): Tile(128, 128, 8, 3),
-    ("dense", 128, 2): Tile(128, 128, 8, 2),
+    ("dense", 128, 2): Tile(128, 64, 8, 3),
     ("dense", 256, 2): Tile(64, 32, 8, 2),
     ("dense", 64, 4): Tile(64, 32, 8, 2),
-    ("dense", 128, 4): Tile(32, 32, 16, 1),
+    ("dense", 128, 4): Tile(32, 16, 8, 1),
     ("dense", 256, 4): Tile(16, 32, 8, 1),
     ("paged", 64, 2): Tile(128, 64, 8, 3),
     ("paged", 128, 2): Tile(128, 64, 8, 3),
@@ -59,7 +59,7 @@ _WITHOUT_WGMMA: dict[tuple[Kind, int, int], Tile] = {
 # where a block has less shared memory.
 _SMALL: dict[tuple[Kind, int, int], Tile] = {
     ("dense", 64, 2): Tile(128, 64, 8, 3),
-    ("dense", 64, 4): Tile(32, 32, 8, 1),
+    ("dense", 64, 4): Tile(64, 16, 8, 1),
     ("dense", 256, 2): Tile(64, 32, 8, 2),
     ("paged", 128, 2): Tile(64, 32, 4, 3),
     ("paged", 256, 2): Tile(64, 32, 8, 1),
