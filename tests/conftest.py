@@ -83,7 +83,7 @@ def optimized(model, graphs_of_the_session):
         fastgen.restore(model)
 
 
-@pytest.fixture(scope="session", params=PAIR)
+@pytest.fixture(scope="module", params=PAIR)
 def pair(request):
     """Two equal models, plain and optimised, for tests that only generate."""
     plain, fast = tiny_model(request.param), tiny_model(request.param)
