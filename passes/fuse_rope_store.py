@@ -55,13 +55,10 @@ def _is_rotated(node: object) -> bool:
 
 def _rope_of(attention: fx.Node, query: object, key: object) -> tuple[fx.Node | None, str]:
     """The rope that makes both, or None and why they cannot be made where they are stored."""
-    if not _is_rotated(query) or not _is_rotated(key):
-        return None, "query and key do not come from one rope"
     assert isinstance(query, fx.Node)
     assert isinstance(key, fx.Node)
     rope = query.args[0]
-    assert isinstance(rope, fx.Node)
-    if rope is not key.args[0] or (query.args[1], key.args[1]) != (0, 1):
+    if not calls(rope, _ROPE) or (query.args, key.args) != ((rope, 0), (rope, 1)):
         return None, "query and key do not come from one rope"
     if list(query.users) != [attention] or list(key.users) != [attention]:
         return None, "others read the rotated query or key, too"

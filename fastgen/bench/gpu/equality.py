@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from ... import Engine, RequestOutput, SamplingParams, api
-from .engines import graphs_of
+from ... import Engine, EngineMetrics, RequestOutput, SamplingParams, api
 from .findings import Check, Finding, checked
 from .tiny_models import greedy, tiny_model
 
@@ -59,12 +58,12 @@ def _compare(
             staggered = _staggered(num_tokens, len(rows))
             _assert_equal("together", engine.generate(rows, staggered), staggered, expected)
             details: dict[str, Any] = {"kernels": _kernels(model)}
-            metrics, graphs = engine.metrics(), graphs_of(model)
+            metrics = engine.metrics()
             if mode == "prefix cache":
                 assert metrics.prefix_cache_hit_tokens > 0, "the prefix cache was not hit"
                 details["prefix_cache_hit_tokens"] = metrics.prefix_cache_hit_tokens
             if model.device.type == "cuda":
-                details["captured"] = _captured(graphs, mode)
+                details["captured"] = _captured(metrics, mode)
     finally:
         api.restore(model)
     return details
@@ -100,12 +99,12 @@ def _kernels(model: Any) -> dict[str, list[str]]:
     return chosen
 
 
-def _captured(graphs: Any, mode: str) -> int:
+def _captured(metrics: EngineMetrics, mode: str) -> int:
+    assert metrics.capture_refusal is None, metrics.capture_refusal
+    captured, replayed = metrics.captured_graphs, metrics.replayed_steps
     if mode == "enforce_eager":
-        assert graphs is None, "steps are captured in spite of enforce_eager"
+        assert captured == replayed == 0, "steps are captured in spite of enforce_eager"
         return 0
-    assert graphs is not None, "no step can be captured"
-    assert graphs.refusal is None, graphs.refusal
-    assert graphs.num_captured >= 2, "a batch of 19 needs two sizes and more"
-    assert graphs.num_replayed > graphs.num_captured
-    return graphs.num_captured
+    assert captured >= 2, "a batch of 19 needs two sizes and more"
+    assert replayed > captured
+    return captured

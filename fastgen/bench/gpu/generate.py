@@ -17,7 +17,6 @@ from ..startup import measure_here
 from ..workloads import Workload, mixed_workload
 from .clock import Clock, read_bandwidth
 from .decode_step import check_decode_step
-from .engines import graphs_of
 from .findings import Finding, Missing, checked, measured, own
 
 NUM_REQUESTS = 256
@@ -66,7 +65,7 @@ def serve(device: str, shape: str) -> Iterator[Finding]:
     with Engine(model) as engine:
         yield own(f"{shape}/mixed, first time", _serve, engine, first)
         yield own(f"{shape}/mixed, 1", _serve, engine, rounds[0])
-        yield own(f"{shape}/graphs", _graphs, model)
+        yield own(f"{shape}/graphs", _graphs, engine)
         if small:
             yield Missing(f"{shape}/decode step", "needs CUDA")
         else:
@@ -181,14 +180,12 @@ def _serve(engine: Engine, workload: Workload) -> dict[str, float]:
     }
 
 
-def _graphs(model: Any) -> dict[str, Any]:
-    graphs = graphs_of(model)
-    if graphs is None:
-        return {"captured": 0, "replayed": 0, "refusal": "nothing is captured here"}
+def _graphs(engine: Engine) -> dict[str, Any]:
+    metrics = engine.metrics()
     return {
-        "captured": graphs.num_captured,
-        "replayed": graphs.num_replayed,
-        "refusal": graphs.refusal,
+        "captured": metrics.captured_graphs,
+        "replayed": metrics.replayed_steps,
+        "refusal": metrics.capture_refusal,
     }
 
 
