@@ -335,11 +335,15 @@ _CPU_ERRORS = (
 )
 
 
+def _has_several_dtypes(call: CallSite) -> bool:
+    names = ("query", "key", "value", "key_cache", "value_cache")
+    return len({call.args[name].dtype for name in names}) > 1
+
+
 def cpu_refuses(call: CallSite) -> str | None:
     if call.args["slot_mapping"] is None:
         return "the keys are in the cache already"
-    dtype = call.args["query"].dtype
-    if any(call.args[name].dtype != dtype for name in ("key", "value", "key_cache", "value_cache")):
+    if _has_several_dtypes(call):
         return "query, key, value and cache are of several dtypes"
     if call.args["key_cache"].shape[2] % 16:
         return f"a block has {call.args['key_cache'].shape[2]} slots, not a multiple of 16"
@@ -402,8 +406,7 @@ def paged_attention_triton(
 
 
 def triton_refuses(call: CallSite) -> str | None:
-    dtype = call.args["query"].dtype
-    if any(call.args[name].dtype != dtype for name in ("key", "value", "key_cache", "value_cache")):
+    if _has_several_dtypes(call):
         return "query, key, value and cache are of several dtypes"
     if max(call.args["query"].shape[2], call.args["value"].shape[2]) > MAX_TRITON_HEAD_DIM:
         return f"heads are larger than {MAX_TRITON_HEAD_DIM}"
