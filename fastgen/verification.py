@@ -36,7 +36,7 @@ from .verification_report import LOGITS, LayerComparison, PromptComparison, Veri
 
 # Of transformers' own noise, which is a maximum over few runs.
 TOLERANCE = 3
-COPIES = 3  # rows of the batch in which the noise is measured
+COPIES = 5  # rows of the batch in which the noise is measured
 # Token budget of an engine that is made here: longer prompts are computed in chunks.
 CHUNK = 128
 
@@ -137,8 +137,10 @@ def _verify(model: Any, prompts: Any, tokenizer: Any, num_tokens: int) -> Verifi
         noise=noise.of_logits,
         tolerance=TOLERANCE * noise.of_logits,
         prompts=tuple(
-            _compare_tokens(len(row), *theirs, *ours, TOLERANCE * noise.of_logits)
-            for row, theirs, *ours in zip(rows, expected, found, differences, strict=True)
+            _compare_tokens(len(row), *theirs, tokens, difference, TOLERANCE * noise.of_logits)
+            for row, theirs, tokens, difference in zip(
+                rows, expected, found, differences, strict=True
+            )
         ),
         layers=compared,
         layers_prompt=chosen,
@@ -229,7 +231,8 @@ def _rows(prompts: Any, tokenizer: Any, engine: EngineCore, num_tokens: int) -> 
             "prompts must be a list of at least one prompt, or a matrix of token ids, got "
             f"{type(prompts).__name__}"
         )
-    return [encode_prompt(prompt, tokenizer) for prompt in prompts]
+    each: list[Any] = list(prompts)
+    return [encode_prompt(prompt, tokenizer) for prompt in each]
 
 
 def _default_prompts(engine: EngineCore, num_tokens: int) -> list[list[int]]:
