@@ -117,7 +117,7 @@ def _verify(model: Any, prompts: Any, tokenizer: Any, num_tokens: int) -> Verifi
     chosen = max(range(len(rows)), key=lambda row: _or_infinity(float(differences[row].max())))
     noise = _Noise()
     for index, (row, (tokens, logits)) in enumerate(zip(rows, expected, strict=True)):
-        names = layers.names if index == chosen else []
+        names = layers.names if index == chosen else None
         noise.measure(reference, [*row, *tokens[:-1]], logits, names)
     compared: tuple[LayerComparison, ...] = ()
     if noise.note is None:
@@ -163,10 +163,15 @@ class _Noise:
         self.of_outputs: dict[str, float] = {}
 
     def measure(
-        self, reference: Reference, sequence: list[int], logits: torch.Tensor, layers: list[str]
+        self,
+        reference: Reference,
+        sequence: list[int],
+        logits: torch.Tensor,
+        layers: list[str] | None,
     ) -> None:
         """logits: [n, vocab_size], what generate() had behind the last n tokens of a sequence."""
-        own, outputs = reference.forward(sequence, len(logits), layers=layers)
+        names = layers or []
+        own, outputs = reference.forward(sequence, len(logits), layers=names)
         self._plain_difference = max(
             self._plain_difference, float(_difference(own[0], logits).max())
         )
@@ -175,13 +180,13 @@ class _Noise:
             self.outputs[name], self.of_outputs[name] = value, _rounding(value, value.dtype)
         for otherwise in (False, True):
             other, values = reference.forward(
-                sequence, len(logits), copies=COPIES, layers=layers, rounded_otherwise=otherwise
+                sequence, len(logits), copies=COPIES, layers=names, rounded_otherwise=otherwise
             )
             self._own = max(self._own, float(_difference(other, own).max()))
             for name, value in values.items():
                 difference = float(_difference(value, outputs[name]).max())
                 self.of_outputs[name] = max(self.of_outputs[name], difference)
-        if layers:
+        if layers is not None:
             self.outputs[LOGITS] = own[0]
 
     @property

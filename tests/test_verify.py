@@ -255,6 +255,14 @@ def test_an_optimised_model_is_verified_as_it_is(graphs_on_disk):
         verify(model, block_size=16)
 
 
+def test_a_graph_that_names_no_layers(monkeypatch):
+    monkeypatch.setattr("fastgen.layer_outputs.module_of", lambda node: None)
+    report = verify(tiny_model("llama"))
+    assert report.ok
+    assert [layer.name for layer in report.layers] == [LOGITS]
+    assert "does not say where they end" in str(report)
+
+
 def test_an_adapter_is_verified():
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
