@@ -11,6 +11,7 @@ import torch
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from ..kernels import gpu
+from .cache_latent import cache_latent
 from .canonicalize import canonicalize
 from .fuse_gated_activation import fuse_gated_activation
 from .fuse_rms_norm import fuse_rms_norm
@@ -51,12 +52,17 @@ class Pass:
         return self.only_on is None or self.only_on(device)
 
 
+def _is_cpu(device: torch.device) -> bool:
+    return device.type == "cpu"
+
+
 PASSES: tuple[Pass, ...] = (
     Pass(canonicalize, required=True),
     Pass(merge_linears),
     Pass(fuse_rms_norm),
     Pass(fuse_rope),
     Pass(fuse_gated_activation),
+    Pass(cache_latent, only_on=_is_cpu),
     Pass(pack_gated_linears),
     Pass(pack_linears),
     Pass(insert_paged_cache, required=True),
