@@ -123,6 +123,8 @@ def _generate_native(
         generation_config: Any,
         **model_kwargs: Any,
     ) -> Any:
+        if generation_config.return_dict_in_generate and "past_key_values" in model_kwargs:
+            _check_cache(model, engine)
         call = _Call(
             engine,
             input_ids,
@@ -177,6 +179,17 @@ def _check_call(model: Any, arguments: dict[str, Any]) -> None:
         raise TransformersLoop("a torch dispatch mode is active")
     if dropout := _active_dropout(model):
         raise TransformersLoop(f"the model is in training mode with dropout ({dropout})")
+
+
+def _check_cache(model: Any, engine: EngineCore) -> None:
+    """Raise TransformersLoop if transformers' cache, which is returned, holds something else.
+
+    Where a model expands what was cached, transformers caches latents, and the engine's cache does
+    if `cache_latent` has found them all.
+    """
+    expanding = sum(hasattr(module, "expand_kv") for module in model.modules())
+    if sum(layer.kind == "latent" for layer in engine.compiled.spec.layers) != expanding:
+        raise TransformersLoop("the cache that is returned holds latents, and the engine's does not")
 
 
 def _active_dropout(model: Any) -> str | None:
