@@ -189,7 +189,7 @@ def _check_cache(model: Any, engine: EngineCore) -> None:
     """
     expanding = sum(hasattr(module, "expand_kv") for module in model.modules())
     if sum(layer.kind == "latent" for layer in engine.compiled.spec.layers) != expanding:
-        raise TransformersLoop("the cache that is returned holds latents, and the engine's does not")
+        raise TransformersLoop("transformers' cache holds latents, the engine's does not")
 
 
 def _active_dropout(model: Any) -> str | None:

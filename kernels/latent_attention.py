@@ -1,6 +1,7 @@
 """Attention whose keys and values come from one latent per token: the op of cache_latent.
 
-    [k_nope_h, v_h] = W_h latent;  key_h = [k_nope_h, k_rope], the rotated k_rope shared by all heads
+    [k_nope_h, v_h] = W_h latent
+    key_h           = [k_nope_h, k_rope], one rotated k_rope for all heads
     out_h           = attention(query_h, key_h, v_h)
 
 Source: DeepSeek-V2, arXiv:2405.04434 (multi-head latent attention).
@@ -35,7 +36,7 @@ def check_latents(
 ) -> int:
     """v_head_dim; ValueError unless heads, latents and the weight fit each other."""
     nope = query.shape[2] - k_rope.shape[1]
-    per_head, left = divmod(weight.shape[0], query.shape[1])
+    per_head, left = weight.shape[0] // query.shape[1], weight.shape[0] % query.shape[1]
     if left or not 0 < nope < per_head or weight.shape[1] != latent.shape[1]:
         raise ValueError(
             "weight must be [num_heads * (nope + v_head_dim), rank], with nope = head_dim of the "

@@ -15,6 +15,7 @@ Source: DeepSeek-V2, arXiv:2405.04434.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -132,9 +133,7 @@ def paged_latent_attention_reference(
         blocks = block_table[sequence, : -(-length // cache.shape[2])]
         stored = read_cache(cache, blocks, length)[:, 0]
         key, value = expand_latents(stored[:, :rank], stored[:, rank:], by_head, nope)
-        output[start:end] = attend_reference(
-            query[start:end], key, value, scale, window, 0.0, None
-        )
+        output[start:end] = attend_reference(query[start:end], key, value, scale, window, 0.0, None)
     return output
 
 
@@ -172,7 +171,7 @@ def _attend(
     nope = query.shape[2] - rope
     v_head_dim = by_head.shape[1] - nope
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
-    counts = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+    counts = [end - start for start, end in itertools.pairwise(starts)]
     expanded = [
         sequence
         for sequence, (count, length) in enumerate(zip(counts, lengths, strict=True))

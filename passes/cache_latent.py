@@ -151,8 +151,6 @@ def _two_parts(key: fx.Node) -> tuple[fx.Node, fx.Node, tuple[fx.Node, ...]]:
 
 def _fill(key: fx.Node, slices: list[fx.Node], copies: list[fx.Node]) -> bool:
     """Whether two copies into slices write every number of a key once, the first part first."""
-    width = value_of(key).shape[3]
-    (first, start, end), (second, border, last) = (part.args[1:4] for part in slices)
     for part, copy in zip(slices, copies, strict=True):
         if not calls(part, aten.slice.Tensor) or len(part.args) != 4:
             return False
@@ -160,7 +158,9 @@ def _fill(key: fx.Node, slices: list[fx.Node], copies: list[fx.Node]) -> bool:
             return False
         if len(copy.args) != 2 or str(value_of(copy.args[1]).shape) != str(value_of(part).shape):
             return False
-    return (first, second, start) == (3, 3, 0) and end == border and last in (width, _END)
+    (first, start, end), (second, border, last) = (part.args[1:] for part in slices)
+    ends = value_of(key).shape[3], _END
+    return [first, start, second] == [3, 0, 3] and end == border and last in ends
 
 
 def _linear_by_head(heads: object, width: int) -> fx.Node:
@@ -171,7 +171,7 @@ def _linear_by_head(heads: object, width: int) -> fx.Node:
             linear, shape = view.args[0], value_of(view).shape
             if not calls(linear, aten.linear.default):
                 raise _Refused("keys and values are computed from more than one linear")
-            if len(linear.args) > 2 and linear.args[2] is not None:
+            if linear.args[2:] not in ((), (None,)):
                 raise _Refused("the linear of keys and values has a bias")
             source = value_of(linear.args[0])
             leading = {1} >= set(source.shape[:-2]) and source.dim() in (3, 4)
@@ -209,11 +209,14 @@ def _check_values(operands: tuple[Any, ...], sizes: list[int]) -> None:
 
 def _check_writes(linear: fx.Node, attention: fx.Node, copies: tuple[fx.Node, ...]) -> None:
     """The latent is read where the attention stands: it must be what it was for the linear."""
-    node = linear
+    node, left = linear, set(copies)
     while node is not attention:
         if mutates(node) and node not in copies:
             raise _Refused(f"{node.name} writes in place between {linear.name} and the attention")
+        left.discard(node)
         node = node.next
+    if left:
+        raise _Refused("the keys are written after they are read")
 
 
 def _replace(graph: fx.Graph, attention: fx.Node, found: _Found) -> None:

@@ -107,8 +107,10 @@ def insert_paged_cache(captured: CapturedGraph) -> PassReport:
     caches = _add_caches(captured, attentions, fake)
     for node, cache in zip(attentions, caches, strict=True):
         # Of latents the fourth is their weight; of others a mask, which is None.
-        first, settings = (node.args[:4], node.args[4:6]) if node.target is _LATENT else (
-            node.args[:3], node.args[4:8]
+        first, settings = (
+            (node.args[:4], node.args[4:6])
+            if node.target is _LATENT
+            else (node.args[:3], node.args[4:8])
         )
         with captured.graph.inserting_before(node):
             paged = captured.graph.call_function(
