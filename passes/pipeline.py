@@ -53,8 +53,9 @@ class Pass:
         return self.only_on is None or self.only_on(device)
 
 
-def _is_cpu(device: torch.device) -> bool:
-    return device.type == "cpu"
+def _reads_latents(device: torch.device) -> bool:
+    """Whether latents are read faster than expanded keys; of the meta device nothing is known."""
+    return device.type in ("cpu", "meta")
 
 
 PASSES: tuple[Pass, ...] = (
@@ -63,7 +64,7 @@ PASSES: tuple[Pass, ...] = (
     Pass(fuse_rms_norm),
     Pass(fuse_rope),
     Pass(fuse_gated_activation),
-    Pass(cache_latent, only_on=_is_cpu),
+    Pass(cache_latent, only_on=_reads_latents),
     Pass(pack_gated_linears),
     Pass(pack_linears),
     Pass(insert_paged_cache, required=True),

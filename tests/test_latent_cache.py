@@ -11,7 +11,7 @@ from tiny_models import NativeTokens, greedy_alone, left_padded, tiny_model
 
 import fastgen
 from fastgen import Engine, SamplingParams
-from fastgen.planning import plan
+from fastgen.planning import Device, plan
 
 pytestmark = pytest.mark.usefixtures("graphs_of_the_session")
 
@@ -89,9 +89,8 @@ def test_the_returned_cache_is_transformers_own(model):
         "do_sample": False,
         "return_dict_in_generate": True,
     }
-    with model.engine() as engine:
-        with NativeTokens(engine.model):
-            ours = engine.model.generate(ids, **settings)
+    with model.engine() as engine, NativeTokens(engine.model):
+        ours = engine.model.generate(ids, **settings)
     theirs = model.plain.generate(ids, **settings)
     assert torch.equal(ours.sequences, theirs.sequences)
     visible = torch.cat([mask, mask.new_ones(len(mask), 8)], dim=1).bool()
@@ -187,6 +186,8 @@ def test_sizes_show_the_smaller_cache(one):
     bytes_per_token = 2 * 4 * (RANK + ROPE)
     assert explained.spec.bytes_per_token == planned.kv_cache.bytes_per_token == bytes_per_token
     assert planned.kv_cache.layers[0]["kind"] == "latent"
+    on_gpu = plan(one.plain.config, dtype=torch.float32, device=Device("a GPU", 1e3, 1e2))
+    assert on_gpu.kv_cache.bytes_per_token == 2 * 4 * 4 * (16 + 12)
     assert planned.kv_cache.sequence_bytes == 64 * bytes_per_token
     assert "192 bytes per token (float32, a latent of 16 and a key of 8 for all heads)" in str(
         explained
