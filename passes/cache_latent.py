@@ -160,7 +160,7 @@ def _fill(key: fx.Node, slices: list[fx.Node], copies: list[fx.Node]) -> bool:
             return False
     (first, start, end), (second, border, last) = (part.args[1:] for part in slices)
     ends = value_of(key).shape[3], _END
-    return [first, start, second] == [3, 0, 3] and end == border and last in ends
+    return bool([first, start, second] == [3, 0, 3] and end == border and last in ends)
 
 
 def _linear_by_head(heads: object, width: int) -> fx.Node:
