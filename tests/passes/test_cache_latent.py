@@ -64,11 +64,9 @@ class Latent(nn.Module):
             k_nope, value = torch.split(heads, [NOPE, V], dim=-1)
         if changes == "rope by head":
             k_rope = (k_rope * torch.arange(1, 5, device=x.device).view(1, 4, 1, 1)).to(x.dtype)
-        elif changes == "fewer key heads":
+        if changes == "fewer key heads":
             k_nope, value = k_nope[:, :2], value[:, :2]
-            k_rope = k_rope.expand(-1, 2, -1, -1)
-        else:
-            k_rope = k_rope.expand(-1, HEADS, -1, -1)
+        k_rope = k_rope.expand(-1, k_nope.shape[1], -1, -1)
         key = self.key(k_nope, k_rope)
         if changes == "written latent":
             latent.mul_(2)
