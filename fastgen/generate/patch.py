@@ -17,6 +17,7 @@ from ..engine.engine import EngineCore
 from ..errors import CapacityError, UnsupportedModelError
 from .free_running import may_run_free, run_free
 from .prepared import PreparedCall, TransformersLoop
+from .returned_cache import check_kinds
 from .rows import requests_of
 from .sample_loop import run_sample_loop
 from .stop_strings import take_stop_strings, with_stop_strings
@@ -90,6 +91,8 @@ def _generate_native(
         generation_config: Any,
         **model_kwargs: Any,
     ) -> Any:
+        if generation_config.return_dict_in_generate and "past_key_values" in model_kwargs:
+            check_kinds(model, engine)
         return _decode(
             PreparedCall(
                 engine,
