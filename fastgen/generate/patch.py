@@ -15,6 +15,7 @@ import torch
 
 from ..engine.engine import EngineCore
 from ..errors import CapacityError, UnsupportedModelError
+from .beam_loop import run_beam_loop
 from .free_running import may_run_free, run_free
 from .prepared import PreparedCall, TransformersLoop
 from .rows import requests_of
@@ -90,6 +91,7 @@ def _generate_native(
     ) -> Any:
         return _decode(
             PreparedCall(
+                model,
                 engine,
                 input_ids,
                 logits_processor,
@@ -134,4 +136,6 @@ def _decode(call: PreparedCall) -> Any:
             )
     if call.streamer is not None:
         call.streamer.put(call.input_ids.cpu())
-    return run_free(call, requests) if free else run_sample_loop(call, requests)
+    if free:
+        return run_free(call, requests)
+    return (run_beam_loop if call.num_beams > 1 else run_sample_loop)(call, requests)

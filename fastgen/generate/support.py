@@ -20,7 +20,9 @@ _LOOP_ARGUMENTS = {
     "synced_gpus": (None, False),
 }
 _LOOP_FIELDS = {
-    "num_beams": (None, 1),
+    "num_beam_groups": (None, 1),
+    "constraints": (None,),
+    "force_words_ids": (None,),
     "penalty_alpha": (None, 0.0),
     "dola_layers": (None,),
     "prompt_lookup_num_tokens": (None,),
@@ -47,16 +49,17 @@ def check_call(model: Any, arguments: dict[str, Any]) -> None:
         if (value := arguments.get(name)) is not None and value not in off:
             raise TransformersLoop(f"{name} is set")
     given = arguments.get("generation_config")
+
+    def chosen(name: str) -> Any:
+        """A field's value: the first that is set wins, as transformers merges them."""
+        configs = (given, model.generation_config)
+        values = (arguments.get(name), *(getattr(config, name, None) for config in configs))
+        return next((value for value in values if value is not None), None)
+
     for name, off in _LOOP_FIELDS.items():
-        for value in (
-            arguments.get(name),
-            getattr(given, name, None),
-            getattr(model.generation_config, name, None),
-        ):
-            if value is not None:  # the first that is set wins, as transformers merges them
-                if value not in off:
-                    raise TransformersLoop(f"{name}={value!r}")
-                break
+        if (value := chosen(name)) is not None and value not in off:
+            raise TransformersLoop(f"{name}={value!r}")
+    _check_beams(model, chosen("num_beams"), arguments)
     known = set(vars(GenerationConfig())) | set(inspect.signature(type(model).generate).parameters)
     for name in arguments:
         if name not in known and name not in _MODEL_INPUTS and name != "tokenizer":
@@ -67,6 +70,20 @@ def check_call(model: Any, arguments: dict[str, Any]) -> None:
         raise TransformersLoop("a torch dispatch mode is active")
     if dropout := _active_dropout(model):
         raise TransformersLoop(f"the model is in training mode with dropout ({dropout})")
+
+
+def _check_beams(model: Any, num_beams: Any, arguments: dict[str, Any]) -> None:
+    from transformers import GenerationMixin
+
+    if num_beams in (None, 1):
+        return
+    if type(num_beams) is not int or num_beams < 1:
+        raise TransformersLoop(f"num_beams={num_beams!r}")
+    if "streamer" in arguments:
+        raise TransformersLoop("a streamer with beams")
+    own = type(model)._beam_search is not GenerationMixin._beam_search
+    if own or hasattr(model, "_reorder_cache"):
+        raise TransformersLoop(f"{type(model).__name__} has a beam search of its own")
 
 
 def _active_dropout(model: Any) -> str | None:
