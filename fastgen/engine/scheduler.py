@@ -61,8 +61,8 @@ class SchedulerOutput:
     """One step: what runs, and the blocks whose content was given up since the last one.
 
     block_copies: (source, target) of blocks to copy before the step: all sources are read first,
-    then freed blocks may lose their content, a target never. decodes: The oldest requests, if they run their last token; nearly all of most steps. items: Of
-    the requests that follow them.
+    then freed blocks may lose their content, a target never. decodes: The oldest requests, if they
+    run their last token; nearly all of most steps. items: Of the requests that follow them.
     """
 
     items: list[ScheduledRequest] = field(default_factory=list)
@@ -476,23 +476,20 @@ class _History:
     def __init__(self, request: Request) -> None:
         self._output_token_ids = request.output_token_ids
         self._block_digests = request.block_digests
-        self._blocks = (
-            request.block_ids,
-            request.num_computed_tokens,
-            request.num_published_blocks,
-            request.last_is_cached,
-        )
+        self._block_ids = request.block_ids
+        self._num_computed_tokens = request.num_computed_tokens
+        self._num_published_blocks = request.num_published_blocks
+        self._last_is_cached = request.last_is_cached
 
     def give(self, request: Request) -> None:
-        """The lists are the request's own; one without a place gets no blocks."""
+        """The lists are the request's own; one that waits gets no blocks."""
         request.output_token_ids = list(self._output_token_ids)
         request.block_digests = list(self._block_digests)
         if request.status is RequestStatus.RUNNING:
-            block_ids, *counts = self._blocks
-            request.block_ids = list(block_ids)
-            request.num_computed_tokens, request.num_published_blocks, request.last_is_cached = (
-                counts
-            )
+            request.block_ids = list(self._block_ids)
+            request.num_computed_tokens = self._num_computed_tokens
+            request.num_published_blocks = self._num_published_blocks
+            request.last_is_cached = self._last_is_cached
 
 
 @dataclass

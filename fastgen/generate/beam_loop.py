@@ -54,11 +54,11 @@ def run_beam_loop(call: PreparedCall, requests: list[Request]) -> Any:
     if not as_dict:
         return sequences
     return GenerateBeamDecoderOnlyOutput(
-        sequences=sequences,
+        sequences=sequences,  # pyright: ignore
         sequences_scores=sequences_scores if config.output_scores else None,  # pyright: ignore
         scores=all_scores,
         logits=raw_logits,
-        beam_indices=beam_indices,
+        beam_indices=beam_indices,  # pyright: ignore
         past_key_values=call.past_key_values,
     )
 

@@ -18,9 +18,9 @@ class TransformersLoop(Exception):
 class PreparedCall:
     """What transformers hands to its decoding loop, and the engine that computes the logits.
 
-    model: as transformers calls it. input_ids: [B, T] int64, left-padded, repeated for num_return_sequences or num_beams. attention_mask and
-    position_ids: of the same shape, or None. past_key_values: the empty cache object that the
-    result carries, or None.
+    model: as transformers calls it. input_ids: [B, T] int64, left-padded, repeated for
+    num_return_sequences or num_beams. attention_mask and position_ids: of the same shape, or None.
+    past_key_values: the empty cache object that the result carries, or None.
     """
 
     model: Any

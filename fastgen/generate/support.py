@@ -81,7 +81,7 @@ def _check_beams(model: Any, num_beams: Any, arguments: dict[str, Any]) -> None:
         raise TransformersLoop(f"num_beams={num_beams!r}")
     if "streamer" in arguments:
         raise TransformersLoop("a streamer with beams")
-    own = type(model)._beam_search is not GenerationMixin._beam_search
+    own = type(model)._beam_search is not GenerationMixin._beam_search  # pyright: ignore
     if own or hasattr(model, "_reorder_cache"):
         raise TransformersLoop(f"{type(model).__name__} has a beam search of its own")
 
