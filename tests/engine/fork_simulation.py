@@ -70,14 +70,7 @@ class ForkSimulation(Simulation):
         if len(group.outputs[0]) + 1 >= group.rows[0].sampling.max_tokens:
             self.end(group)
             return
-        if self.rng.random() < 0.2:
-            parents = list(range(len(group.rows)))
-        else:
-            parents = [
-                first + self.rng.randrange(group.num_beams)
-                for first in range(0, len(group.rows), group.num_beams)
-                for _ in range(group.num_beams)
-            ]
+        parents = self.choose_parents(group)
         token_ids = [self.rng.randrange(VOCAB) for _ in parents]
         for request in group.rows:
             self.late[request] = None
@@ -93,6 +86,15 @@ class ForkSimulation(Simulation):
         for place in reversed(self.scheduler.append_tokens(group.rows, token_ids)):
             self.scheduler.append_token(group.rows[place], token_ids[place])
         self.check_state()
+
+    def choose_parents(self, group: Group) -> list[int]:
+        if self.rng.random() < 0.2:
+            return list(range(len(group.rows)))
+        return [
+            first + self.rng.randrange(group.num_beams)
+            for first in range(0, len(group.rows), group.num_beams)
+            for _ in range(group.num_beams)
+        ]
 
     def end(self, group: Group) -> None:
         for request in group.rows:
