@@ -17,6 +17,7 @@ from transformers import (
 )
 
 import fastgen
+from fastgen.engine.kv_cache import KVCache
 from fastgen.engine.scheduler import Scheduler
 
 pytestmark = pytest.mark.usefixtures("graphs_of_the_session")
@@ -92,7 +93,7 @@ def test_ended_beams(pair, early_stopping, length_penalty, sampled):
         **ALL,
     )
     assert_same(expected, got)
-    if not sampled:
+    if not sampled and length_penalty < 2:  # above, the longest win
         assert (expected.beam_indices < 0).any(), "no beam has ended early: the test shows nothing"
 
 
@@ -328,7 +329,7 @@ def test_beams_that_do_not_fit_together(model, fields, options):
         ({"num_beams": 2, "streamer": TextStreamer(None)}, "a streamer with beams"),
         ({"num_beams": 2, "num_return_sequences": 3}, None),
         ({"num_beams": 2, "length_penalty": "long"}, None),
-        ({"num_beams": 2, "eos_token_id": list(range(2, 80)), "pad_token_id": 0}, None),
+        ({"num_beams": 2, "eos_token_id": list(range(VOCAB)), "pad_token_id": 0}, None),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
@@ -375,5 +376,5 @@ def test_planted_rows_that_all_go_on_from_themselves_are_seen(pair, monkeypatch)
 
 
 def test_planted_block_without_a_copy_is_seen(pair, monkeypatch):
-    monkeypatch.setattr(Scheduler, "_must_copy", lambda *_: False)
+    monkeypatch.setattr(KVCache, "copy_blocks", lambda *_: None)
     other_output(pair)
