@@ -98,6 +98,10 @@ def test_ended_beams(pair, early_stopping, length_penalty, sampled):
 
 
 @pytest.mark.parametrize("num_beams", [2, 3, 8])
+def test_number_of_beams(pair, num_beams):
+    assert_same(*both(pair, **batch(pair), **beams(num_beams, **ALL)))
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -114,8 +118,8 @@ def test_ended_beams(pair, early_stopping, length_penalty, sampled):
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_built_in_processors(pair, num_beams, options):
-    options = beams(num_beams, num_tokens=16, **ALL) | options
+def test_built_in_processors(pair, options):
+    options = beams(num_beams=3, num_tokens=16, **ALL) | options
     assert_same(*both(pair, **batch(pair), **options))
 
 
