@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import poison
 from tiny_models import VOCAB, NativeTokens, left_padded, prompts
 from transformers import (
+    AutoTokenizer,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -21,6 +24,7 @@ from fastgen.engine.kv_cache import KVCache
 from fastgen.engine.scheduler import Scheduler
 
 pytestmark = pytest.mark.usefixtures("graphs_of_the_session")
+TOKENIZER = AutoTokenizer.from_pretrained(Path(__file__).parents[1] / "examples" / "demo_model")
 ALL = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
 NOISE = {"rtol": 1e-4, "atol": 1e-4}  # of two fp32 forwards of these models
 
@@ -219,6 +223,13 @@ def test_max_time_ends_all_beams(pair):
     assert expected.shape[1] == 9
 
 
+def test_stop_strings_end_beams(pair):
+    made = pair[0].generate(torch.tensor(prompts(9)), **beams())
+    stop = TOKENIZER.decode(made[0, 15:16])
+    asked = {"stop_strings": stop, "tokenizer": TOKENIZER, "pad_token_id": 0}
+    assert_same(*both(pair, torch.tensor(prompts(9)), **beams(**asked, **ALL)))
+
+
 def test_prefix_allowed_tokens(pair):
     def allowed(_, ids):
         return [t for t in range(2, VOCAB) if (t + len(ids)) % 3 == 0]
@@ -327,7 +338,7 @@ def test_beams_that_do_not_fit_together(model, fields, options):
         ({"num_beams": -2}, "num_beams=-2"),
         ({"num_beams": 2.0}, "num_beams=2.0"),
         ({"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5}, "num_beam_groups=2"),
-        ({"num_beams": 2, "force_words_ids": [[5]]}, "force_words_ids=[[5]]"),
+        ({"num_beams": 2, "force_words_ids": [[5]]}, "force_words_ids is set"),
         ({"num_beams": 2, "low_memory": True}, "low_memory=True"),
         ({"num_beams": 1, "penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha=0.6"),
         ({"num_beams": 2, "streamer": TextStreamer(None)}, "a streamer with beams"),

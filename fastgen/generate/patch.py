@@ -20,6 +20,7 @@ from .free_running import may_run_free, run_free
 from .prepared import PreparedCall, TransformersLoop
 from .rows import requests_of
 from .sample_loop import run_sample_loop
+from .stop_strings import take_stop_strings, with_stop_strings
 from .support import check_call
 
 _PATCH_MARK = "_fastgen_original"
@@ -80,6 +81,7 @@ def _generate_native(
     check_call(model, arguments)
     engine = optimized.ready(model)
     streamer = arguments.pop("streamer", None)
+    stop_strings = take_stop_strings(model, arguments)
 
     def decode(
         model: Any,
@@ -95,7 +97,7 @@ def _generate_native(
                 engine,
                 input_ids,
                 logits_processor,
-                stopping_criteria,
+                with_stop_strings(stopping_criteria, stop_strings, generation_config),
                 generation_config,
                 streamer,
                 attention_mask=model_kwargs.get("attention_mask"),
