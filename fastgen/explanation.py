@@ -116,6 +116,11 @@ class Explanation:
                 f"cache waste {metrics.cache_waste:.1%}, "
                 f"prefix cache hits {metrics.prefix_cache_hit_rate:.1%}"
             )
+            if metrics.forks:
+                lines.append(
+                    f"  beams         {metrics.forks} rows went on from another row's blocks, "
+                    f"{metrics.block_copies} blocks copied on write"
+                )
             if metrics.captured_graphs or metrics.capture_refusal:
                 lines.append(
                     f"  CUDA graphs   {metrics.captured_graphs} sizes of decode steps captured, "

@@ -15,6 +15,7 @@ import torch
 
 from ..engine.engine import EngineCore
 from ..errors import CapacityError, UnsupportedModelError
+from .beam_loop import run_beam_loop
 from .free_running import may_run_free, run_free
 from .prepared import PreparedCall, TransformersLoop
 from .returned_cache import check_kinds
@@ -95,6 +96,7 @@ def _generate_native(
             check_kinds(model, engine)
         return _decode(
             PreparedCall(
+                model,
                 engine,
                 input_ids,
                 logits_processor,
@@ -139,4 +141,6 @@ def _decode(call: PreparedCall) -> Any:
             )
     if call.streamer is not None:
         call.streamer.put(call.input_ids.cpu())
-    return run_free(call, requests) if free else run_sample_loop(call, requests)
+    if free:
+        return run_free(call, requests)
+    return (run_beam_loop if call.num_beams > 1 else run_sample_loop)(call, requests)
