@@ -96,7 +96,9 @@ class RunningRows:
         if output or num_prompt:
             self.last_token[row] = output[-1] if output else request.prompt_token_ids[-1]
         self.num_left[row] = request.sampling.max_tokens - len(output)
-        self.is_special[row] = request.needs_query or request.needs_prompt_logits
+        self.is_special[row] = (
+            request.needs_query or request.needs_prompt_logits or request.has_embeds_left
+        )
         self.is_plain[row] = (
             request.first_token_time is not None
             and request.stop_text is None

@@ -15,11 +15,12 @@ import torch
 
 from ..engine.engine import EngineCore
 from ..errors import CapacityError, UnsupportedModelError
+from ..passes import PLAIN, Variant
 from .free_running import may_run_free, run_free
 from .prepared import PreparedCall, TransformersLoop
 from .rows import requests_of
 from .sample_loop import run_sample_loop
-from .support import check_call
+from .support import check_call, check_variant
 
 _PATCH_MARK = "_fastgen_original"
 
@@ -27,8 +28,11 @@ _PATCH_MARK = "_fastgen_original"
 class Optimized(Protocol):
     """What generate() needs to know of an optimised model."""
 
-    def ready(self, model: Any) -> EngineCore:
-        """The model's engine; raises TransformersLoop if it cannot run the model as it is."""
+    def ready(self, model: Any, variant: Variant = PLAIN) -> EngineCore:
+        """The model's engine; raises TransformersLoop if it cannot run the model as it is.
+
+        variant: What the requests will need.
+        """
         ...
 
     def count_fallback(self, reason: str) -> None: ...
@@ -88,19 +92,22 @@ def _generate_native(
         generation_config: Any,
         **model_kwargs: Any,
     ) -> Any:
-        return _decode(
-            PreparedCall(
-                engine,
-                input_ids,
-                logits_processor,
-                stopping_criteria,
-                generation_config,
-                streamer,
-                attention_mask=model_kwargs.get("attention_mask"),
-                position_ids=model_kwargs.get("position_ids"),
-                past_key_values=model_kwargs.get("past_key_values"),
-            )
+        call = PreparedCall(
+            engine,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            streamer,
+            attention_mask=model_kwargs.get("attention_mask"),
+            position_ids=model_kwargs.get("position_ids"),
+            past_key_values=model_kwargs.get("past_key_values"),
+            inputs_embeds=model_kwargs.get("inputs_embeds"),
         )
+        if call.variant != PLAIN:
+            check_variant(call)
+            call.engine = optimized.ready(model, call.variant)
+        return _decode(call)
 
     return original(model, **arguments, custom_generate=decode)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .prepared import TransformersLoop
+from .prepared import PreparedCall, TransformersLoop
 
 # Arguments and generation-config fields that transformers' own loop is left to do, with the value
 # that switches each off.
@@ -29,14 +29,14 @@ _LOOP_FIELDS = {
     "cache_implementation": (None, "dynamic"),
     "use_cache": (None, True),
     "output_attentions": (None, False),
-    "output_hidden_states": (None, False),
+    "output_hidden_states": (None, False, True),
     "stop_strings": (None,),
     "token_healing": (None, False),
     "is_assistant": (None, False),
     "low_memory": (None, False),
 }
 # Inputs of the model itself that the engine takes over.
-_MODEL_INPUTS = {"input_ids", "attention_mask"}
+_MODEL_INPUTS = {"input_ids", "attention_mask", "inputs_embeds"}
 
 
 def check_call(model: Any, arguments: dict[str, Any]) -> None:
@@ -67,6 +67,15 @@ def check_call(model: Any, arguments: dict[str, Any]) -> None:
         raise TransformersLoop("a torch dispatch mode is active")
     if dropout := _active_dropout(model):
         raise TransformersLoop(f"the model is in training mode with dropout ({dropout})")
+
+
+def check_variant(call: PreparedCall) -> None:
+    """Raise TransformersLoop if embeddings or hidden states are asked for in an unknown way."""
+    wanted = call.generation_config.output_hidden_states
+    if wanted is not None and type(wanted) is not bool:
+        raise TransformersLoop(f"output_hidden_states={wanted!r}")
+    if (size := call.generation_config.prefill_chunk_size) is not None:
+        raise TransformersLoop(f"prefill_chunk_size={size} with {call.variant}")
 
 
 def _active_dropout(model: Any) -> str | None:
