@@ -303,6 +303,8 @@ def capture(model: Any, variant: Variant = PLAIN, *, shapes_only: bool = False) 
     The graph is run twice on 8 tokens, to see that nothing but attention joins tokens; not with
     shapes_only, for a model on the meta device, whose graph can be looked at and never run.
 
+    Args:
+        variant: What the graph takes and gives besides tokens and logits.
     Raises: UnsupportedModelError, naming what is not understood.
     """
     check_model(model, shapes_only=shapes_only)

@@ -189,8 +189,8 @@ def _difference(plain: CompiledForward, variant: CompiledForward) -> str | None:
     """Why a variant cannot stand beside the plain graph, or None.
 
     A weight in a form that the plain graph does not read would be a second copy, and one that
-    nobody watches. Token ids that are read in another way than there are more to the model than
-    its embedding.
+    nobody watches. Token ids that the plain graph reads more than once, with embeddings per layer
+    for one, would be missing where embeddings stand in the place of the first reader only.
     """
     if variant.spec != plain.spec:
         return "the graph needs another KV cache"
