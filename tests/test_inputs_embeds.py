@@ -220,8 +220,8 @@ def test_weights_that_change_change_all_graphs():
         optimizer.zero_grad()
     pair[0].load_state_dict(pair[1].state_dict())
     after = [both(pair, **call, **GREEDY) for call in calls]
-    for parameter in pair[1].parameters():
-        parameter.data = parameter.data.clone()
+    for parameter in (*pair[0].parameters(), *pair[1].parameters()):
+        parameter.data = parameter.data * 1.1  # other memory, other values
     moved = [both(pair, **call, **GREEDY) for call in calls]
     for outputs in (before, after, moved):
         for expected, got in outputs:
