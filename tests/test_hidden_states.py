@@ -97,11 +97,12 @@ def test_preempted_rows_are_not_collected_twice():
     """Two rows beside an older request that takes their blocks as it grows."""
     plain, fast = tiny_model("llama"), tiny_model("llama")
     rows, _ = greedy_alone(plain, 30, 30, num_tokens=60)
-    fastgen.optimize(fast, max_num_batched_tokens=7, **blocks(fast, 14))
+    fastgen.optimize(fast, max_num_batched_tokens=7, **blocks(fast, 28))
     poison(fast)
+    fast.generate(IDS, do_sample=False, max_new_tokens=2, **HIDDEN)  # makes the graph
     arguments = {"input_ids": torch.tensor(rows), "max_new_tokens": 60, "do_sample": False}
     expected = plain.generate(**arguments, **HIDDEN)
-    with Beside(fast, num_tokens=190, started=40) as beside, NativeTokens(fast):
+    with Beside(fast, num_tokens=400, started=200) as beside, NativeTokens(fast):
         got = fast.generate(**arguments, **HIDDEN)
     assert fastgen.explain(fast).metrics.preemptions > 0, "nothing was preempted"
     assert_equal(expected, got)
