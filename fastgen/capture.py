@@ -22,7 +22,7 @@ from torch import fx, nn
 from .errors import UnsupportedModelError
 from .fingerprint import hooked_modules, marks_gradients, places_inputs
 from .packing_check import check_packing
-from .passes import BATCH_INPUTS, CapturedGraph, InputSpec
+from .passes import BATCH_INPUTS, EMBEDS_INPUTS, PLAIN, CapturedGraph, InputSpec, Variant
 
 ATTENTION_NAME = "fastgen"
 
@@ -33,6 +33,7 @@ _IGNORED_KWARGS = {
     "cache_position",
     "use_cache",
     "output_attentions",
+    "output_hidden_states",
     "output_router_logits",
 }
 
@@ -167,25 +168,62 @@ def _register() -> None:
 
 
 class _PackedForward(nn.Module):
-    """The call that is traced: packed tokens in, logits of the selected rows out."""
+    """The call that is traced: packed tokens in, logits of the selected rows out.
 
-    def __init__(self, model: nn.Module) -> None:
+    With prompt_embeds generated tokens are embedded here, as the model embeds them itself; whether
+    that is all it does with them, the caller sees when he runs the graph. Hidden states come
+    behind the logits.
+    """
+
+    def __init__(self, model: nn.Module, variant: Variant) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.variant = model, variant
 
     def forward(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, logits_indices: torch.Tensor
-    ) -> torch.Tensor:
-        input_ids = input_ids.unsqueeze(0)
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        logits_indices: torch.Tensor,
+        prompt_embeds: torch.Tensor | None = None,
+        is_embed: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        input_ids, tokens = input_ids.unsqueeze(0), {}
+        if prompt_embeds is None or is_embed is None:
+            tokens["input_ids"] = input_ids
+        else:
+            embedded = self.model.get_input_embeddings()(input_ids)  # pyright: ignore
+            if embedded.dtype != prompt_embeds.dtype:
+                raise UnsupportedModelError(
+                    f"token embeddings are {embedded.dtype}, their weight is {prompt_embeds.dtype}"
+                )
+            tokens["inputs_embeds"] = torch.where(is_embed[None, :, None], prompt_embeds, embedded)
+        if self.variant.hidden_states:
+            tokens["output_hidden_states"] = True
         # A padding mask keeps transformers from guessing packed sequences out of the positions.
         output = self.model(
-            input_ids=input_ids,
+            **tokens,
             attention_mask=torch.ones_like(input_ids),
             position_ids=positions.unsqueeze(0),
             use_cache=False,
             logits_to_keep=logits_indices,
         )
-        return output.logits.squeeze(0)
+        logits = output.logits.squeeze(0)
+        if not self.variant.hidden_states:
+            return logits
+        return logits, *_flat_states(output.hidden_states, input_ids.shape[1])
+
+
+def _flat_states(hidden_states: Any, num_tokens: int) -> list[torch.Tensor]:
+    """[num_tokens, hidden_size] of each of the hidden states that the forward gave."""
+    if not isinstance(hidden_states, tuple) or not hidden_states:
+        raise UnsupportedModelError("the forward gives no hidden states")
+    for state in hidden_states:
+        if not isinstance(state, torch.Tensor) or state.shape[:2] != (1, num_tokens):
+            what = tuple(state.shape) if isinstance(state, torch.Tensor) else type(state).__name__
+            raise UnsupportedModelError(
+                f"a hidden state of the forward is {what}, not [1, num_tokens, hidden_size]"
+            )
+    return [state.squeeze(0) for state in hidden_states]
 
 
 def check_model(model: Any, *, shapes_only: bool = False) -> None:
@@ -258,16 +296,20 @@ def _check_rope(model: nn.Module) -> None:
                 )
 
 
-def capture(model: Any, *, shapes_only: bool = False) -> CapturedGraph:
+def capture(model: Any, variant: Variant = PLAIN, *, shapes_only: bool = False) -> CapturedGraph:
     """Trace a model's forward over packed tokens into one graph.
 
     The model is not touched: what is traced is a copy of its modules over the same parameters.
     The graph is run twice on 8 tokens, to see that nothing but attention joins tokens; not with
     shapes_only, for a model on the meta device, whose graph can be looked at and never run.
 
+    Args:
+        variant: What the graph takes and gives besides tokens and logits.
     Raises: UnsupportedModelError, naming what is not understood.
     """
     check_model(model, shapes_only=shapes_only)
+    if variant.prompt_embeds:
+        _check_takes_embeds(model)
     autocast_device = "cpu" if shapes_only else _device(model).type  # there is none for meta
     with (
         _capture_lock,
@@ -276,8 +318,8 @@ def capture(model: Any, *, shapes_only: bool = False) -> CapturedGraph:
         torch.autocast(autocast_device, enabled=False),
     ):
         _register()
-        program = _export(model)
-        captured = _lift(model, program)
+        program = _export(model, variant)
+        captured = _lift(model, program, variant)
         _check_mutations(captured)
         _resolve_masks(captured)
         _check_layers(model, captured)
@@ -293,7 +335,15 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _export(model: nn.Module) -> torch.export.ExportedProgram:
+def _check_takes_embeds(model: Any) -> None:
+    name = type(model).__name__
+    if "inputs_embeds" not in inspect.signature(model.forward).parameters:
+        raise UnsupportedModelError(f"{name}.forward takes no inputs_embeds")
+    if not isinstance(getattr(model.get_input_embeddings(), "weight", None), torch.Tensor):
+        raise UnsupportedModelError(f"the input embeddings of {name} have no weight")
+
+
+def _export(model: nn.Module, variant: Variant) -> torch.export.ExportedProgram:
     shared = {id(t): _exportable(t) for t in (*model.parameters(), *model.buffers())}
     try:
         clone: Any = copy.deepcopy(model, shared)
@@ -314,20 +364,22 @@ def _export(model: nn.Module) -> torch.export.ExportedProgram:
             f"{type(model).__name__} has attention code of its own that cannot be replaced"
         )
     num_tokens, num_rows = torch.export.Dim("num_tokens", min=2), torch.export.Dim.AUTO
+    dynamic: dict[str, Any] = {}
     # More rows than one, other than tokens: sizes that are equal would be taken for the same.
     example = {
         "input_ids": torch.arange(8, device=_device(model)),
         "positions": torch.arange(8, device=_device(model)),
         "logits_indices": torch.tensor([1, 4, 6], device=_device(model)),
     }
-    dynamic = {
-        "input_ids": {0: num_tokens},
-        "positions": {0: num_tokens},
-        "logits_indices": {0: num_rows},
-    }
+    if variant.prompt_embeds:
+        weight = clone.get_input_embeddings().weight
+        example["prompt_embeds"] = weight.new_zeros(8, weight.shape[-1])
+        example["is_embed"] = torch.zeros(8, dtype=torch.bool, device=weight.device)
+    for name in example:
+        dynamic[name] = {0: num_rows if name == "logits_indices" else num_tokens}
     try:
         return torch.export.export(
-            _PackedForward(clone), (), example, dynamic_shapes=dynamic, strict=False
+            _PackedForward(clone, variant), (), example, dynamic_shapes=dynamic, strict=False
         )
     except UnsupportedModelError:
         raise
@@ -348,8 +400,10 @@ def _exportable(tensor: torch.Tensor) -> torch.Tensor:
     return nn.Parameter(normal, requires_grad=False) if parameter else normal
 
 
-def _lift(model: nn.Module, program: torch.export.ExportedProgram) -> CapturedGraph:
-    """The exported graph in fastgen's form: what each placeholder is, one output."""
+def _lift(
+    model: nn.Module, program: torch.export.ExportedProgram, variant: Variant
+) -> CapturedGraph:
+    """The exported graph in fastgen's form: what each placeholder is, the logits first."""
     from torch.export.graph_signature import InputKind
 
     kinds = {
@@ -365,14 +419,16 @@ def _lift(model: nn.Module, program: torch.export.ExportedProgram) -> CapturedGr
         target = (spec.target or spec.arg.name).removeprefix("model.")
         inputs[spec.arg.name] = InputSpec(kinds[spec.kind], target)  # pyright: ignore
     outputs = program.graph_signature.output_specs
-    if len(outputs) != 1 or outputs[0].kind.name != "USER_OUTPUT":
+    if any(spec.kind.name != "USER_OUTPUT" for spec in outputs):
         raise UnsupportedModelError(
             f"the forward changes {[spec.target for spec in outputs if spec.target]} as it runs"
         )
     module = fx.GraphModule(program.graph_module, program.graph_module.graph)
     output = next(node for node in module.graph.nodes if node.op == "output")
-    output.args = (output.args[0][0],)  # pyright: ignore
-    assert tuple(spec.target for spec in inputs.values() if spec.kind == "batch") == BATCH_INPUTS
+    results: Any = output.args[0]
+    output.args = (results if variant.hidden_states else results[0],)
+    batch = BATCH_INPUTS + (EMBEDS_INPUTS if variant.prompt_embeds else ())
+    assert tuple(spec.target for spec in inputs.values() if spec.kind == "batch") == batch
     return CapturedGraph(
         module=module,
         inputs=inputs,

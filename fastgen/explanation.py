@@ -23,6 +23,7 @@ class Explanation:
     report: Report
     weight_epoch: int
     graph_source: str
+    variants: dict[str, float]  # other graphs of the model: seconds to make
     start: dict[str, float]
     seconds: dict[str, float]
     fallbacks: dict[str, int]
@@ -41,6 +42,7 @@ class Explanation:
             **self.report.to_dict(),
             "weight_epoch": self.weight_epoch,
             "graph": self.graph_source,
+            "variants": self.variants,
             "start_seconds": self.start_seconds(),
             "seconds": self.seconds,
             "fallbacks": self.fallbacks,
@@ -93,6 +95,8 @@ class Explanation:
         for name, (num_bytes, why) in self.kept.items():
             lines.append(f"    kept        {name} ({num_bytes / 2**20:.1f} MiB): {why}")
         lines.append(f"  graph         {self.graph_source}")
+        for name, seconds in self.variants.items():
+            lines.append(f"  variant       with {name}, made in {seconds:.2f} s")
         for title, seconds in (("start", self.start_seconds()), ("time", self.seconds)):
             if seconds:
                 times = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())

@@ -71,11 +71,17 @@ def _logits(
 ) -> torch.Tensor:
     """[3, vocab_size] of the first sequence in a call with its tokens in `order`."""
     vocab_size = int(captured.output_value().shape[-1])
+    input_ids = torch.tensor(token_ids, device=order.device)[order] % vocab_size
     batch = {
-        "input_ids": torch.tensor(token_ids, device=order.device)[order] % vocab_size,
+        "input_ids": input_ids,
         "positions": torch.tensor(_POSITIONS, device=order.device)[order],
         "logits_indices": order.argsort()[: len(_SEQUENCES[0])],
     }
+    if captured.variant.prompt_embeds:  # some number for each token, in the place of every other
+        example = captured.placeholder("batch", "prompt_embeds").meta["val"]
+        places = torch.arange(example.shape[-1], device=order.device)
+        batch["prompt_embeds"] = torch.sin(input_ids[:, None] + places).to(example.dtype)
+        batch["is_embed"] = input_ids % 2 == 0
     values = []
     for spec in captured.inputs.values():
         match spec.kind:
@@ -87,4 +93,5 @@ def _logits(
                 values.append(model.get_buffer(spec.target))
             case _:
                 values.append(model.get_parameter(spec.target))
-    return _Forward(captured.module, order).run(*values)
+    result = _Forward(captured.module, order).run(*values)
+    return result[0] if isinstance(result, tuple) else result

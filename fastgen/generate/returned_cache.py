@@ -30,7 +30,7 @@ def fill_cache(call: PreparedCall, requests: list[Request], length: int) -> None
     if call.past_key_values is None:
         return
     rows = call.engine.read_caches(requests)
-    num_rows, num_prompt = call.input_ids.shape
+    num_rows, num_prompt = call.prompt_shape
     visible = torch.ones(num_rows, length, dtype=torch.bool, device=call.input_ids.device)
     if call.attention_mask is not None:
         visible[:, :num_prompt] = call.attention_mask.bool()
