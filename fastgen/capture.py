@@ -23,6 +23,7 @@ from .errors import UnsupportedModelError
 from .fingerprint import hooked_modules, marks_gradients, places_inputs
 from .packing_check import check_packing
 from .passes import BATCH_INPUTS, CapturedGraph, InputSpec
+from .passes.graph import memory_of, written_by
 
 ATTENTION_NAME = "fastgen"
 
@@ -280,6 +281,7 @@ def capture(model: Any, *, shapes_only: bool = False) -> CapturedGraph:
         captured = _lift(model, program)
         _check_mutations(captured)
         _resolve_masks(captured)
+        _share_keys(captured)
         _check_layers(model, captured)
         _check_kept_tokens(model, captured)
         if not shapes_only:
@@ -419,13 +421,45 @@ def _resolve_masks(captured: CapturedGraph) -> None:
             raise UnsupportedModelError(f"the mask is read by {[str(user) for user in node.users]}")
 
 
+def _share_keys(captured: CapturedGraph) -> None:
+    """Attentions to which the model gives the same keys and values read the same two nodes.
+
+    Those of the first; `insert_paged_cache` then keeps them once. Not if one of them is written to
+    in between: what was stored is then no longer what is read.
+    """
+    first: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
+    written: dict[int | None, fx.Node] = {}  # memory -> the last that wrote there
+    order = {node: index for index, node in enumerate(captured.graph.nodes)}
+    for node in captured.graph.nodes:
+        written.update({memory_of(argument): node for argument in written_by(node)})
+        if node.target is not torch.ops.fastgen.attention.default:
+            continue
+        given = _given(node.args[1]), _given(node.args[2])
+        owner = first.setdefault(given, node)
+        writers = [written[memory] for memory in map(memory_of, given) if memory in written]
+        if all(order[writer] < order[owner] for writer in writers):
+            node.args = (node.args[0], *owner.args[1:3], *node.args[3:])
+        else:
+            first[given] = node
+    captured.graph.eliminate_dead_code()
+
+
+def _given(argument: fx.Node) -> fx.Node:
+    """What the model gave, before `_attention_forward` put the tokens first."""
+    transposed, select = torch.ops.aten.transpose.int, torch.ops.aten.select.int
+    if argument.target is transposed and argument.args[0].target is select:  # pyright: ignore
+        return argument.args[0].args[0]  # pyright: ignore
+    return argument
+
+
 def _check_layers(model: nn.Module, captured: CapturedGraph) -> None:
-    """Every layer must have shown exactly one attention."""
-    found = Counter(
+    """Every layer must have shown exactly one attention, in the layers' order."""
+    order = [
         node.args[8]
         for node in captured.graph.nodes
         if node.target is torch.ops.fastgen.attention.default
-    )
+    ]
+    found = Counter(order)
     missing = [layer for layer in range(captured.num_layers) if found[layer] == 0]
     if missing or sum(found.values()) != captured.num_layers:
         twice = [layer for layer, count in found.items() if count > 1]
@@ -433,6 +467,8 @@ def _check_layers(model: nn.Module, captured: CapturedGraph) -> None:
             f"{type(model).__name__} has {captured.num_layers} layers, and {sum(found.values())} "
             f"attentions were seen; layers without: {missing}, with more than one: {twice}"
         )
+    if order != sorted(order):
+        raise UnsupportedModelError(f"{type(model).__name__} runs its layers in the order {order}")
 
 
 def _check_kept_tokens(model: Any, captured: CapturedGraph) -> None:

@@ -37,7 +37,12 @@ class Explanation:
             "device": self.device,
             "config": asdict(self.config),
             "max_model_len": self.max_model_len,
-            "cache": {"bytes_per_token": self.spec.bytes_per_token, "layers": layers},
+            "cache": {
+                "bytes_per_token": self.spec.bytes_per_token,
+                "shared_bytes_per_token": self.spec.shared_bytes_per_token,
+                "layers": layers,
+                "entries": list(self.spec.entries),
+            },
             **self.report.to_dict(),
             "weight_epoch": self.weight_epoch,
             "graph": self.graph_source,
@@ -56,11 +61,16 @@ class Explanation:
         layer = self.spec.layers[0]
         dtype = str(layer.dtype).removeprefix("torch.")
         lines = [
-            f"{self.model} on {self.device}, one graph of {len(self.spec.layers)} attention layers",
+            f"{self.model} on {self.device}, one graph of {len(self.spec.entries)} attention layers",
             f"  KV cache      {self.spec.bytes_per_token} bytes per token ({dtype}, "
             f"{layer.num_kv_heads} KV heads x {layer.head_dim}), blocks of "
             f"{self.config.block_size}; sequences of up to {self.max_model_len} tokens",
         ]
+        if shared := len(self.spec.entries) - len(self.spec.layers):
+            lines.append(
+                f"    shared      {shared} layers read keys and values of earlier ones, which saves "
+                f"{self.spec.shared_bytes_per_token} bytes per token"
+            )
         for item in self.report.passes:
             lines.append(f"  pass          {item.name}: {item.matches} ({item.status})")
             places: dict[str, list[str]] = {}

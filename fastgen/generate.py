@@ -401,12 +401,22 @@ class _Call:
         visible = torch.ones(num_rows, length, dtype=torch.bool, device=self.input_ids.device)
         if mask is not None:
             visible[:, :num_prompt] = mask.bool()
-        for layer in range(len(rows[0])):
+        entries = self.engine.compiled.spec.entries
+        for layer, entry in enumerate(entries):
+            if entry in entries[:layer] and not self._keeps_its_own(layer):
+                continue
             pair = []
             for role in (0, 1):
-                first = rows[0][layer][role]
+                first = rows[0][entry][role]
                 full = first.new_zeros((num_rows, first.shape[0], length, first.shape[2]))
-                for row, layers in enumerate(rows):
-                    full[row, :, visible[row].to(first.device)] = layers[layer][role]
+                for row, kept in enumerate(rows):
+                    full[row, :, visible[row].to(first.device)] = kept[entry][role]
                 pair.append(full)
             self.past_key_values.update(*pair, layer)
+
+    def _keeps_its_own(self, layer: int) -> bool:
+        """Whether transformers' cache has keys and values for a layer that reads another one's."""
+        from transformers.cache_utils import DynamicLayer
+
+        layers = self.past_key_values.layers
+        return layer < len(layers) and isinstance(layers[layer], DynamicLayer)

@@ -75,7 +75,7 @@ def paged_attention(
             mutated. Writes are idempotent: a repeated step gives the same cache.
         slot_mapping: [num_tokens] int64, block_id * block_size + offset; -1: not stored (it goes
             to block 0, the null block, which no sequence reads). None: keys and values are in the
-            cache already, `rope_store_kv` has written them.
+            cache already, `rope_store_kv` or another layer's attention has written them.
         block_table: [num_seqs, max_blocks_per_seq] int32; entries past seq_lens are never read.
         query_start_loc: [num_seqs + 1] int32, prefix sum of new tokens. Where there are as many
             tokens as sequences, each has one.
@@ -304,7 +304,7 @@ def paged_attention_cpu(
         block_size,
         head_dim,
         v_head_dim,
-        slot_mapping.data_ptr(),
+        None if slot_mapping is None else slot_mapping.data_ptr(),
         num_tokens,
         block_table.data_ptr(),
         block_table.stride(0),
@@ -341,8 +341,6 @@ def _has_several_dtypes(call: CallSite) -> bool:
 
 
 def cpu_refuses(call: CallSite) -> str | None:
-    if call.args["slot_mapping"] is None:
-        return "the keys are in the cache already"
     if _has_several_dtypes(call):
         return "query, key, value and cache are of several dtypes"
     if call.args["key_cache"].shape[2] % 16:

@@ -2,8 +2,9 @@
 
 The cache tensors of each layer and the batch metadata become inputs of the graph; what the cache
 must look like is read from the keys and values that the graph computes, and emitted as the
-`CacheSpec`. Required: every attention has its own layer index. Numerics: bit-equal attention over
-the same keys. The op mutates the cache inputs themselves: mutating a view of them would make a
+`CacheSpec`. An attention over the very keys and values of an earlier one reads that one's cache and
+stores nothing. Required: every attention has its own layer index. Numerics: bit-equal attention
+over the same keys. The op mutates the cache inputs themselves: mutating a view of them would make a
 compiler clone the cache.
 """
 
@@ -33,8 +34,9 @@ _EXAMPLE_BLOCKS, _EXAMPLE_BLOCK_SIZE = 11, 16
 class LayerCache:
     """What one attention layer keeps per token.
 
-    kind: "kv" (later latent, recurrent, conv). window: keys a query sees, 0 for all. layout names
-    how a block's slots lie in memory; "canonical" is [num_kv_heads, block_size, head_dim].
+    kind: "kv" (later latent, recurrent, conv). window: keys a query of any of its readers sees, 0
+    for all. layout names how a block's slots lie in memory; "canonical" is
+    [num_kv_heads, block_size, head_dim].
     """
 
     kind: str
@@ -52,13 +54,25 @@ class LayerCache:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """The KV cache a graph needs: one entry per attention layer, in the order of its inputs."""
+    """The KV cache a graph needs.
+
+    layers: One entry per attention layer that stores, in the order of the graph's inputs. entries:
+    for each attention layer of the model, in their order, the entry that it reads.
+    """
 
     layers: tuple[LayerCache, ...]
+    entries: tuple[int, ...] = ()
 
     @property
     def bytes_per_token(self) -> int:
         return sum(layer.bytes_per_token for layer in self.layers)
+
+    @property
+    def shared_bytes_per_token(self) -> int:
+        """What more it would take if every layer kept keys and values of its own."""
+        return sum(self.layers[entry].bytes_per_token for entry in self.entries) - (
+            self.bytes_per_token if self.entries else 0
+        )
 
 
 def insert_paged_cache(captured: CapturedGraph) -> PassReport:
@@ -91,12 +105,16 @@ def insert_paged_cache(captured: CapturedGraph) -> PassReport:
         for name, (shape, dtype) in _METADATA.items()
     ]
     caches = _add_caches(captured, attentions, fake)
+    stored: set[tuple[fx.Node, fx.Node]] = set()
+    slots, *others = metadata
     for node, cache in zip(attentions, caches, strict=True):
         query, key, value, _, scale, window, softcap, sinks, _ = node.args
+        own_slots = None if cache in stored else slots
+        stored.add(cache)
         with captured.graph.inserting_before(node):
             paged = captured.graph.call_function(
                 torch.ops.fastgen.paged_attention.default,
-                (query, key, value, *cache, *metadata, scale, window, softcap, sinks),
+                (query, key, value, *cache, own_slots, *others, scale, window, softcap, sinks),
             )
         paged.meta = dict(node.meta)
         node.replace_all_uses_with(paged)
@@ -108,37 +126,55 @@ def insert_paged_cache(captured: CapturedGraph) -> PassReport:
 def _add_caches(
     captured: CapturedGraph, attentions: list[fx.Node], fake
 ) -> list[tuple[fx.Node, fx.Node]]:
-    """A key and a value cache input per attention, in graph order."""
+    """The key and value cache inputs of each attention, in graph order.
+
+    Attentions over the same keys and values have the same.
+    """
     layers = [node.args[8] for node in attentions]
     if len(set(layers)) < len(layers):
         raise ValueError(f"each layer may have one attention, got layers {layers}")
+    made: dict[tuple[Any, Any], tuple[fx.Node, fx.Node]] = {}
     caches = []
-    for index, node in enumerate(attentions):
-        pair = []
-        for role, argument in (("key", node.args[1]), ("value", node.args[2])):
-            _, num_kv_heads, head_dim = argument.meta["val"].shape  # pyright: ignore
-            shape = (_EXAMPLE_BLOCKS, num_kv_heads, _EXAMPLE_BLOCK_SIZE, head_dim)
-            value = fake(shape, argument.meta["val"].dtype, (0, 2))  # pyright: ignore
-            spec = InputSpec("cache", f"{role}:{index}")
-            pair.append(captured.add_input(f"{role}_cache_{index}", spec, value))
-        caches.append(tuple(pair))
+    for node in attentions:
+        read = node.args[1], node.args[2]
+        if read not in made:
+            made[read] = _add_cache(captured, len(made), read, fake)
+        caches.append(made[read])
     return caches
+
+
+def _add_cache(
+    captured: CapturedGraph, index: int, read: tuple[Any, Any], fake
+) -> tuple[fx.Node, fx.Node]:
+    pair = []
+    for role, argument in zip(("key", "value"), read, strict=True):
+        _, num_kv_heads, head_dim = argument.meta["val"].shape
+        shape = (_EXAMPLE_BLOCKS, num_kv_heads, _EXAMPLE_BLOCK_SIZE, head_dim)
+        value = fake(shape, argument.meta["val"].dtype, (0, 2))
+        spec = InputSpec("cache", f"{role}:{index}")
+        pair.append(captured.add_input(f"{role}_cache_{index}", spec, value))
+    return pair[0], pair[1]
 
 
 def cache_spec(captured: CapturedGraph) -> CacheSpec:
     """The spec of a graph with a paged cache, read from its attention nodes in graph order."""
-    layers = []
+    layers: dict[fx.Node, LayerCache] = {}
+    readers: list[fx.Node] = []
     for node in captured.graph.nodes:
         if node.target is torch.ops.fastgen.paged_attention.default:
             key, value = node.args[1].meta["val"], node.args[2].meta["val"]
-            layers.append(
-                LayerCache(
-                    kind="kv",
-                    num_kv_heads=int(key.shape[1]),
-                    head_dim=int(key.shape[2]),
-                    v_head_dim=int(value.shape[2]),
-                    dtype=key.dtype,
-                    window=node.args[10],
-                )
+            cache, window = node.args[3], node.args[10]
+            if cache in layers:
+                before = layers[cache].window
+                window = max(before, window) if before and window else 0
+            layers[cache] = LayerCache(
+                kind="kv",
+                num_kv_heads=int(key.shape[1]),
+                head_dim=int(key.shape[2]),
+                v_head_dim=int(value.shape[2]),
+                dtype=key.dtype,
+                window=window,
             )
-    return CacheSpec(tuple(layers))
+            readers.append(cache)
+    numbers = {cache: index for index, cache in enumerate(layers)}
+    return CacheSpec(tuple(layers.values()), tuple(numbers[cache] for cache in readers))
