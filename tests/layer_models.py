@@ -1,0 +1,110 @@
+"""Tiny models whose layers are not all alike, and what transformers makes of prompts.
+
+Layers that read the keys of others, chunks, RoPE that changes with length. Weights are scaled so
+that tokens vary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import transformers
+from conftest import poison
+from tiny_models import SIZES, NativeTokens, greedy_alone
+
+from fastgen import Engine
+
+WINDOW = 12
+NUM_TOKENS = 40
+BLOCK_SIZE = 16
+# Within a block, at its end, past it, and beyond every window; 8 with 40 ends on a block.
+LENGTHS = (5, 8, 16, 17, 40)
+
+_WINDOW_AND_FULL = ["sliding_attention", "full_attention"]
+_GEMMA = {
+    "head_dim": 16,
+    "sliding_window": WINDOW,
+    "vocab_size_per_layer_input": 128,
+    "hidden_size_per_layer_input": 8,
+    "tie_word_embeddings": False,
+}
+
+# Model class, and the fields in which its configuration differs from SIZES.
+MODELS: dict[str, tuple[str, dict]] = {
+    "gemma3n_text": (
+        "Gemma3nForCausalLM",
+        {
+            **_GEMMA,
+            "num_hidden_layers": 5,
+            "num_kv_shared_layers": 2,
+            "layer_types": [*_WINDOW_AND_FULL, *_WINDOW_AND_FULL, "sliding_attention"],
+            "altup_num_inputs": 2,
+            "laurel_rank": 8,
+            "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0, 0.5],
+        },
+    ),
+    "gemma4_text": (
+        "Gemma4ForCausalLM",
+        {
+            **_GEMMA,
+            "num_hidden_layers": 6,
+            "num_kv_shared_layers": 2,
+            "layer_types": _WINDOW_AND_FULL * 3,
+            "global_head_dim": 32,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+        },
+    ),
+    "gemma4_unified_text": (
+        "Gemma4UnifiedForCausalLM",
+        {
+            **_GEMMA,
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 1,
+            "layer_types": _WINDOW_AND_FULL * 2,
+            "global_head_dim": 32,
+        },
+    ),
+}
+
+
+QUICK_MODELS = ("gemma3n_text",)
+
+
+def layer_model(name: str, **fields):
+    """A model in evaluation mode; fields change its configuration."""
+    class_name, own = MODELS[name]
+    model_class = getattr(transformers, class_name)
+    torch.manual_seed(0)
+    model = model_class(model_class.config_class(**{**SIZES, **own, **fields}))
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+            if ".post_attention" in parameter_name and name.startswith("gemma"):
+                parameter.add_(8)  # else the scaled embedding outweighs the layers
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Prompts, and transformers' greedy tokens for each alone."""
+
+    rows: list[list[int]]
+    expected: list[list[int]]
+
+
+def answers_of(name: str, *lengths: int, num_tokens: int = NUM_TOKENS, **fields) -> Answers:
+    return Answers(*greedy_alone(layer_model(name, **fields), *lengths, num_tokens=num_tokens))
+
+
+@contextlib.contextmanager
+def engine_of(name: str, model_fields: dict | None = None, **fields) -> Iterator[Engine]:
+    """An engine over a model of its own, with NaN in every freed block; all it makes is native."""
+    with Engine(layer_model(name, **(model_fields or {})), **fields) as engine:
+        poison(engine.model)
+        with NativeTokens(engine.model):
+            yield engine
