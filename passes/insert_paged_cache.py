@@ -34,7 +34,8 @@ class LayerCache:
     """What one attention layer keeps per token.
 
     kind: "kv" (later latent, recurrent, conv). window: keys a query sees, 0 for all. layout names
-    how a block's slots lie in memory; "canonical" is [num_kv_heads, block_size, head_dim].
+    how a block's slots lie in memory; "canonical" is [num_kv_heads, block_size, head_dim]. chunk:
+    tokens that see none before them, 0 for no chunks. alibi: whether scores depend on distance.
     """
 
     kind: str
@@ -44,6 +45,13 @@ class LayerCache:
     dtype: torch.dtype
     window: int
     layout: str = "canonical"
+    chunk: int = 0
+    alibi: bool = False
+
+    @property
+    def counts_places(self) -> bool:
+        """Whether what a query sees depends on how many tokens lie between it and a key."""
+        return bool(self.window or self.chunk or self.alibi)
 
     @property
     def bytes_per_token(self) -> int:
@@ -92,11 +100,12 @@ def insert_paged_cache(captured: CapturedGraph) -> PassReport:
     ]
     caches = _add_caches(captured, attentions, fake)
     for node, cache in zip(attentions, caches, strict=True):
-        query, key, value, _, scale, window, softcap, sinks, _ = node.args
+        query, key, value, _, scale, window, softcap, sinks, _, *rest = node.args
         with captured.graph.inserting_before(node):
             paged = captured.graph.call_function(
                 torch.ops.fastgen.paged_attention.default,
-                (query, key, value, *cache, *metadata, scale, window, softcap, sinks),
+                (query, key, value, *cache, *metadata, scale, window, softcap, sinks, *rest),
+                dict(node.kwargs),
             )
         paged.meta = dict(node.meta)
         node.replace_all_uses_with(paged)
@@ -131,6 +140,8 @@ def cache_spec(captured: CapturedGraph) -> CacheSpec:
     for node in captured.graph.nodes:
         if node.target is torch.ops.fastgen.paged_attention.default:
             key, value = node.args[1].meta["val"], node.args[2].meta["val"]
+            names = [argument.name for argument in node.target._schema.arguments]
+            given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
             layers.append(
                 LayerCache(
                     kind="kv",
@@ -138,7 +149,9 @@ def cache_spec(captured: CapturedGraph) -> CacheSpec:
                     head_dim=int(key.shape[2]),
                     v_head_dim=int(value.shape[2]),
                     dtype=key.dtype,
-                    window=node.args[10],
+                    window=given["window"],
+                    chunk=given.get("chunk", 0),
+                    alibi=given.get("alibi_slopes") is not None,
                 )
             )
     return CacheSpec(tuple(layers))
