@@ -24,6 +24,8 @@ from .fingerprint import hooked_modules, marks_gradients, places_inputs
 from .packing_check import check_packing
 from .passes import BATCH_INPUTS, CapturedGraph, InputSpec
 from .passes.graph import memory_of, written_by
+from .places import number_by_position
+from .tracing import trace
 
 ATTENTION_NAME = "fastgen"
 
@@ -37,9 +39,9 @@ _IGNORED_KWARGS = {
     "output_router_logits",
 }
 
-# Kinds of layers, by the names that configurations give them, that attend to all earlier tokens or
-# to a window of them and keep nothing else. Which window, the masks say.
-_LAYER_KINDS = {"full_attention", "sliding_attention", "attention"}
+# Kinds of layers, by the names that configurations give them, that attend to all earlier tokens, to
+# a window of them or to those of one chunk, and keep nothing else. Which, the masks say.
+_LAYER_KINDS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 
 # What the forward must take, and why the tokens of many sequences cannot share a call without it.
 _NEEDED_ARGUMENTS = {
@@ -52,18 +54,19 @@ _capture_lock = threading.Lock()
 
 
 @torch.library.custom_op("fastgen::mask_marker", mutates_args=())
-def mask_marker(padding_mask: torch.Tensor, kind: str, window: int) -> torch.Tensor:
+def mask_marker(padding_mask: torch.Tensor, kind: str, size: int) -> torch.Tensor:
     """Stands for a mask in a captured graph; resolved before the graph can run.
 
     Args:
-        padding_mask: [1, num_tokens] bool. kind: "causal". window: Keys seen by a query, 0: all.
+        padding_mask: [1, num_tokens] bool. kind: "causal", "sliding" or "chunked". size: Keys in a
+            window, or tokens in a chunk; 0 if causal.
     Raises: RuntimeError if it is ever run.
     """
     raise RuntimeError("a mask marker was left in a graph that runs")
 
 
 @mask_marker.register_fake
-def _(padding_mask, kind, window):
+def _(padding_mask, kind, size):
     num_tokens = padding_mask.shape[1]
     return padding_mask.new_empty((1, 1, num_tokens, num_tokens))
 
@@ -123,31 +126,41 @@ def _mask_forward(
     **kwargs: Any,
 ) -> torch.Tensor:
     """What transformers calls to make a mask while a graph is captured."""
-    window = _causal_window(mask_function)
-    if window is None:
+    kind, size = _kind_of_mask(mask_function)
+    if kind is None:
         raise UnsupportedModelError(
-            f"mask function {_mask_name(mask_function)} is neither causal nor a sliding window"
+            f"mask function {_mask_name(mask_function)} is neither causal nor a sliding window nor "
+            "in chunks"
         )
     if attention_mask is None:
         raise UnsupportedModelError("a mask was made without the padding mask of the call")
-    return mask_marker(attention_mask, "causal", window)
+    return mask_marker(attention_mask, kind, size)
 
 
-def _causal_window(mask_function: Any) -> int | None:
-    """0 for the plain causal mask, the window of a sliding one, None for anything else."""
+# Overlays of the causal mask: their name in transformers, and where they keep their size.
+_OVERLAYS = {
+    "sliding_window_overlay": ("sliding", "sliding_window"),
+    "chunked_overlay": ("chunked", "chunk_size"),
+}
+
+
+def _kind_of_mask(mask_function: Any) -> tuple[str | None, int]:
+    """What the marker says of a mask; the kind is None if it is not understood."""
     from transformers import masking_utils
 
     if mask_function is masking_utils.causal_mask_function:
-        return 0
+        return "causal", 0
     if not mask_function.__qualname__.startswith("and_masks.<locals>"):
-        return None
+        return None, 0
     parts = inspect.getclosurevars(mask_function).nonlocals.get("mask_functions", ())
     others = [part for part in parts if part is not masking_utils.causal_mask_function]
     if len(parts) != 2 or len(others) != 1:
-        return None
-    if not others[0].__qualname__.startswith("sliding_window_overlay.<locals>"):
-        return None
-    return int(inspect.getclosurevars(others[0]).nonlocals["sliding_window"])
+        return None, 0
+    maker, _, made = others[0].__qualname__.partition(".<locals>")
+    if not made or maker not in _OVERLAYS:
+        return None, 0
+    kind, size = _OVERLAYS[maker]
+    return kind, int(inspect.getclosurevars(others[0]).nonlocals[size])
 
 
 def _mask_name(mask_function: Any) -> str:
@@ -233,7 +246,7 @@ def check_model(model: Any, *, shapes_only: bool = False) -> None:
 
 
 def _check_layer_kinds(model: Any) -> None:
-    """Refuse layers that are no plain attention (recurrent, convolutional, indexed, chunked)."""
+    """Refuse layers that are no plain attention (recurrent, convolutional, indexed)."""
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
     others: dict[str, list[int]] = {}
@@ -281,6 +294,7 @@ def capture(model: Any, *, shapes_only: bool = False) -> CapturedGraph:
         captured = _lift(model, program)
         _check_mutations(captured)
         _resolve_masks(captured)
+        number_by_position(captured)
         _share_keys(captured)
         _check_layers(model, captured)
         _check_kept_tokens(model, captured)
@@ -315,22 +329,14 @@ def _export(model: nn.Module) -> torch.export.ExportedProgram:
         raise UnsupportedModelError(
             f"{type(model).__name__} has attention code of its own that cannot be replaced"
         )
-    num_tokens, num_rows = torch.export.Dim("num_tokens", min=2), torch.export.Dim.AUTO
     # More rows than one, other than tokens: sizes that are equal would be taken for the same.
     example = {
         "input_ids": torch.arange(8, device=_device(model)),
         "positions": torch.arange(8, device=_device(model)),
         "logits_indices": torch.tensor([1, 4, 6], device=_device(model)),
     }
-    dynamic = {
-        "input_ids": {0: num_tokens},
-        "positions": {0: num_tokens},
-        "logits_indices": {0: num_rows},
-    }
     try:
-        return torch.export.export(
-            _PackedForward(clone), (), example, dynamic_shapes=dynamic, strict=False
-        )
+        return trace(_PackedForward(clone), example, ("input_ids", "positions"))
     except UnsupportedModelError:
         raise
     except Exception as error:
@@ -400,7 +406,7 @@ def _check_mutations(captured: CapturedGraph) -> None:
 
 
 def _resolve_masks(captured: CapturedGraph) -> None:
-    """Turn the marker that reaches each attention into its window; refuse any other mask."""
+    """Turn the marker that reaches each attention into window or chunk; refuse any other mask."""
     for node in captured.graph.nodes:
         if node.target is not torch.ops.fastgen.attention.default:
             continue
@@ -409,12 +415,14 @@ def _resolve_masks(captured: CapturedGraph) -> None:
             raise UnsupportedModelError(
                 f"the mask of layer {layer_idx} is computed by the model ({marker.target})"
             )
-        window = marker.args[2]
+        _, kind, size = marker.args
+        window, chunk = (0, size) if kind == "chunked" else (size, 0)
         if given and given != window:
             raise UnsupportedModelError(
                 f"layer {layer_idx} has sliding_window={given} and a mask with window {window}"
             )
-        node.args = (*node.args[:3], None, node.args[4], window, *node.args[6:])
+        settings = (node.args[4], window, *node.args[6:9])
+        node.args = (*node.args[:3], None, *settings, *((chunk,) if chunk else ()))
     captured.graph.eliminate_dead_code()
     for node in captured.graph.nodes:
         if node.target is torch.ops.fastgen.mask_marker.default:
@@ -482,14 +490,15 @@ def _check_kept_tokens(model: Any, captured: CapturedGraph) -> None:
     for node in captured.graph.nodes:
         if node.target is not torch.ops.fastgen.attention.default:
             continue
-        window, layer_idx = node.args[5], node.args[8]
+        window, layer_idx, chunk = node.args[5], node.args[8], next(iter(node.args[9:]), 0)
         if layer_idx >= len(cache.layers):
             continue  # it reads the keys of an earlier layer
         kept = getattr(cache.layers[layer_idx], "sliding_window", None)
-        if kept and not 0 < window <= kept:
+        if kept and not 0 < (chunk or window) <= kept:
+            mask = f"chunks of {chunk}" if chunk else f"window {window}"
             raise UnsupportedModelError(
-                f"layer {layer_idx} has a mask with window {window}, and in transformers' loop its "
-                f"cache keeps {kept} tokens"
+                f"layer {layer_idx} has a mask with {mask}, and in transformers' loop its cache "
+                f"keeps {kept} tokens"
             )
 
 

@@ -68,7 +68,7 @@ class Explanation:
         ]
         if shared := len(self.spec.entries) - len(self.spec.layers):
             lines.append(
-                f"    shared      {shared} layers read keys and values of earlier ones, which saves "
+                f"    shared      {shared} layers read the cache of earlier ones, which saves "
                 f"{self.spec.shared_bytes_per_token} bytes per token"
             )
         for item in self.report.passes:

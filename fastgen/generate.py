@@ -283,7 +283,7 @@ class _Call:
                 raise TransformersLoop("attention_mask and input_ids differ in shape")
             masks = self.attention_mask.tolist()
         positions = self._positions(rows)
-        windowed = any(layer.window for layer in self.engine.compiled.spec.layers)
+        counts = any(layer.counts_places for layer in self.engine.compiled.spec.layers)
         requests = []
         for row, mask, places in zip(rows, masks, positions, strict=True):
             visible = [i for i, seen in enumerate(mask) if seen]
@@ -291,8 +291,11 @@ class _Call:
                 raise TransformersLoop("a row is masked completely")
             if [places[i] for i in visible] != list(range(len(visible))):
                 raise TransformersLoop("positions do not count a row's tokens")
-            if windowed and len(mask) - visible[0] > len(visible):
-                raise TransformersLoop("a sliding window reaches over masked slots within a row")
+            if counts and len(mask) - visible[0] > len(visible):
+                raise TransformersLoop(
+                    "attention counts tokens (a sliding window, chunks, ALiBi), and some within a "
+                    "row are masked"
+                )
             request = Request(
                 [row[i] for i in visible],
                 sampling,

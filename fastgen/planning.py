@@ -488,7 +488,8 @@ def _kv_cache(spec: CacheSpec, settings: Config, length: int, left: int | None) 
         block_size=size,
         sequence_bytes=spec.bytes_per_token * slots(length),
         windowed_sequence_bytes=sum(
-            layer.bytes_per_token * slots(min(length, layer.window or length))
+            layer.bytes_per_token
+            * slots(min(length, layer.window or length, layer.chunk or length))
             for layer in spec.layers
         ),
     )

@@ -2,10 +2,10 @@
 
 The cache tensors of each layer and the batch metadata become inputs of the graph; what the cache
 must look like is read from the keys and values that the graph computes, and emitted as the
-`CacheSpec`. An attention over the very keys and values of an earlier one reads that one's cache and
-stores nothing. Required: every attention has its own layer index. Numerics: bit-equal attention
-over the same keys. The op mutates the cache inputs themselves: mutating a view of them would make a
-compiler clone the cache.
+`CacheSpec`. An attention over the very keys and values of an earlier one, that sees as far, reads
+that one's cache and stores nothing. Required: every attention has its own layer index. Numerics:
+bit-equal attention over the same keys. The op mutates the cache inputs themselves: mutating a view
+of them would make a compiler clone the cache.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _EXAMPLE_BLOCKS, _EXAMPLE_BLOCK_SIZE = 11, 16
 class LayerCache:
     """What one attention layer keeps per token.
 
-    kind: "kv" (later latent, recurrent, conv). window: keys a query of any of its readers sees, 0
-    for all. layout names how a block's slots lie in memory; "canonical" is
-    [num_kv_heads, block_size, head_dim].
+    kind: "kv" (later latent, recurrent, conv). window: keys a query sees, 0 for all. layout names
+    how a block's slots lie in memory; "canonical" is [num_kv_heads, block_size, head_dim]. chunk:
+    tokens that see none before them, 0 for no chunks. alibi: whether scores depend on distance.
     """
 
     kind: str
@@ -46,6 +46,13 @@ class LayerCache:
     dtype: torch.dtype
     window: int
     layout: str = "canonical"
+    chunk: int = 0
+    alibi: bool = False
+
+    @property
+    def counts_places(self) -> bool:
+        """Whether what a query sees depends on how many tokens lie between it and a key."""
+        return bool(self.window or self.chunk or self.alibi)
 
     @property
     def bytes_per_token(self) -> int:
@@ -108,13 +115,15 @@ def insert_paged_cache(captured: CapturedGraph) -> PassReport:
     stored: set[tuple[fx.Node, fx.Node]] = set()
     slots, *others = metadata
     for node, cache in zip(attentions, caches, strict=True):
-        query, key, value, _, scale, window, softcap, sinks, _ = node.args
+        query, key, value, _, scale, window, softcap, sinks, _, *rest = node.args
         own_slots = None if cache in stored else slots
         stored.add(cache)
+        read = query, key, value, *cache, own_slots, *others
         with captured.graph.inserting_before(node):
             paged = captured.graph.call_function(
                 torch.ops.fastgen.paged_attention.default,
-                (query, key, value, *cache, own_slots, *others, scale, window, softcap, sinks),
+                (*read, scale, window, softcap, sinks, *rest),
+                dict(node.kwargs),
             )
         paged.meta = dict(node.meta)
         node.replace_all_uses_with(paged)
@@ -128,19 +137,27 @@ def _add_caches(
 ) -> list[tuple[fx.Node, fx.Node]]:
     """The key and value cache inputs of each attention, in graph order.
 
-    Attentions over the same keys and values have the same.
+    Attentions over the same keys and values have the same, if they see as far.
     """
     layers = [node.args[8] for node in attentions]
     if len(set(layers)) < len(layers):
         raise ValueError(f"each layer may have one attention, got layers {layers}")
-    made: dict[tuple[Any, Any], tuple[fx.Node, fx.Node]] = {}
+    made: dict[tuple[Any, ...], tuple[fx.Node, fx.Node]] = {}
     caches = []
     for node in attentions:
-        read = node.args[1], node.args[2]
-        if read not in made:
-            made[read] = _add_cache(captured, len(made), read, fake)
-        caches.append(made[read])
+        given = _arguments(node)
+        read = given["key"], given["value"]
+        seen = given["window"], given.get("chunk", 0), given.get("alibi_slopes") is not None
+        if (*read, *seen) not in made:
+            made[*read, *seen] = _add_cache(captured, len(made), read, fake)
+        caches.append(made[*read, *seen])
     return caches
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """What an op is given, by name; not what is left to its defaults."""
+    names = [argument.name for argument in node.target._schema.arguments]  # pyright: ignore
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
 def _add_cache(
@@ -163,18 +180,18 @@ def cache_spec(captured: CapturedGraph) -> CacheSpec:
     for node in captured.graph.nodes:
         if node.target is torch.ops.fastgen.paged_attention.default:
             key, value = node.args[1].meta["val"], node.args[2].meta["val"]
-            cache, window = node.args[3], node.args[10]
-            if cache in layers:
-                before = layers[cache].window
-                window = max(before, window) if before and window else 0
-            layers[cache] = LayerCache(
+            given = _arguments(node)
+            layer = LayerCache(
                 kind="kv",
                 num_kv_heads=int(key.shape[1]),
                 head_dim=int(key.shape[2]),
                 v_head_dim=int(value.shape[2]),
                 dtype=key.dtype,
-                window=window,
+                window=given["window"],
+                chunk=given.get("chunk", 0),
+                alibi=given.get("alibi_slopes") is not None,
             )
-            readers.append(cache)
+            layers.setdefault(given["key_cache"], layer)
+            readers.append(given["key_cache"])
     numbers = {cache: index for index, cache in enumerate(layers)}
     return CacheSpec(tuple(layers.values()), tuple(numbers[cache] for cache in readers))

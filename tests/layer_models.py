@@ -68,10 +68,25 @@ MODELS: dict[str, tuple[str, dict]] = {
             "global_head_dim": 32,
         },
     ),
+    "llama4_text": (
+        "Llama4ForCausalLM",
+        {
+            "head_dim": 16,
+            "attention_chunk_size": WINDOW,
+            "no_rope_layers": [1, 0, 1],
+            "num_hidden_layers": 3,
+            "floor_scale": 5,  # the scale of queries changes every five tokens
+            "attn_scale": 1.0,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 2,
+            "intermediate_size_mlp": 96,
+        },
+    ),
 }
 
 
-QUICK_MODELS = ("gemma3n_text",)
+QUICK_MODELS = ("gemma3n_text", "llama4_text")
 
 
 def layer_model(name: str, **fields):
