@@ -45,19 +45,30 @@ def model_class(model_type: str) -> Any:
 
 
 def tiny_config(model_type: str) -> Any:
+    """What AutoModelForCausalLM would give to the model: of a composite, perhaps its text part."""
     config_class = CONFIG_MAPPING[model_type]
-    return config_class(**_fields(config_class, SPECIAL.get(model_type, {})))
+    config = config_class(**_fields(config_class, SPECIAL.get(model_type, {})))
+    if isinstance(config, model_class(model_type).config_class):
+        return config
+    return config.get_text_config()
 
 
 def _fields(config_class: Any, special: dict) -> dict[str, Any]:
     """The sizes this class of configurations has, and the same for configurations inside it."""
+    default = _default(config_class)
     known = _names(config_class)
     fields = {name: size for name, size in SIZES.items() if name in known}
+    if "qk_rope_head_dim" in known:  # latent attention: every head has keys, of its own size
+        fields.pop("head_dim", None)
+        fields["num_key_value_heads"] = fields["num_attention_heads"]
     for name, inner in (getattr(config_class, "sub_configs", None) or {}).items():
         own = special.get(name, {})
-        if hasattr(inner, "model_type") and isinstance(own, dict):
+        if not hasattr(inner, "model_type"):  # any: the kind that the default has
+            inner = type(getattr(default, name, None))
+        if inner is not type(None):
             fields[name] = _fields(inner, own)
-    fields |= _kinds_of_layers(config_class)
+            fields[name]["model_type"] = inner.model_type
+    fields |= _kinds_of_layers(config_class, default)
     return fields | {
         name: value
         for name, value in special.items()
@@ -71,14 +82,17 @@ def _names(config_class: Any) -> set[str]:
     return set(inspect.signature(config_class.__init__).parameters)
 
 
-def _kinds_of_layers(config_class: Any) -> dict[str, Any]:
-    """One layer of each kind that the default configuration has, two at least."""
+def _default(config_class: Any) -> Any:
     try:
-        default = config_class()
-    except Exception:  # a configuration that must be told something: SPECIAL does
-        return {}
-    found = {}
-    for name in _KINDS:
+        return config_class()
+    except Exception:  # a configuration that must be told something
+        return None
+
+
+def _kinds_of_layers(config_class: Any, default: Any) -> dict[str, Any]:
+    """One layer of each kind that the default configuration has, two at least."""
+    found, names = {}, _names(config_class)
+    for name in names.intersection(_KINDS):
         kinds = list(dict.fromkeys(getattr(default, name, None) or ()))
         if kinds:
             found[name] = kinds
@@ -86,7 +100,6 @@ def _kinds_of_layers(config_class: Any) -> dict[str, Any]:
         return {}
     depth = max(2, *map(len, found.values()))
     layers = {name: (kinds * depth)[:depth] for name, kinds in found.items()}
-    names = _names(config_class)
     return layers | {name: depth for name in ("num_hidden_layers",) if name in names}
 
 

@@ -24,7 +24,7 @@ WRONG = "WRONG"
 UNPROVEN = "unproven"  # no prompt that says something, or the checks could not be made
 CLASSES = (EXACT, LOOP, UNBUILDABLE, UNPROVEN, WRONG)
 
-NUM_TOKENS = 32
+NUM_TOKENS = 24
 BLOCK_SIZE = 16
 # Within a block, at its end, past it, and beyond every window.
 LENGTHS = (5, 16, 17, 33)
@@ -66,8 +66,7 @@ class Continuation:
 
     row: list[int]
     token_ids: list[int]
-    logits: torch.Tensor  # [NUM_TOKENS, vocab]
-    exact: torch.Tensor  # the same in fp64, or fp32 where the model knows no fp64
+    exact: torch.Tensor  # logits [NUM_TOKENS, vocab] in fp64, or fp32 if the model knows no fp64
     noise: float
 
 
@@ -82,7 +81,8 @@ class Oracle:
         if hasattr(self.exact, "set_experts_implementation"):
             self.exact.set_experts_implementation("eager")  # grouped products know no fp64
         try:
-            self.generate(self.exact, prompts(5)[0])
+            with torch.no_grad():
+                self.exact(torch.tensor(prompts(5)))
         except Exception:
             self.exact = None
             self.notes.add("its forward does not run in fp64")
@@ -102,43 +102,52 @@ class Oracle:
         return out.sequences[0, len(row) :].tolist(), torch.cat(out.logits).double()
 
     def continuation(self, row: list[int]) -> Continuation | None:
-        """None if fp64 continues otherwise."""
+        """None if it says little, or is too near a tie to tell right from wrong."""
         token_ids, logits = self.generate(self.plain, row)
-        exact, fp64 = logits, None
+        eps = torch.finfo(torch.float32).eps
+        if not logits.isfinite().all() or len(set(token_ids)) < _FEWEST_KINDS:
+            self.monotonous += 1
+            return None
+        noise = eps * float(logits.abs().max())
+        if not has_clear_margin((logits,), noise):
+            return None
+        at_once = self.at_once(self.plain, row, token_ids)
+        if at_once is None:
+            self.notes.add("generate() differs from its plain forward, which is no oracle")
+        exact, known = logits, 64 * noise  # if nothing better is known
         if self.exact is not None:
-            exact_ids, fp64 = self.generate(self.exact, row)
-            if exact_ids != token_ids:
-                return None
-            exact = fp64
-        noise = float((logits - exact).abs().max())
+            exact = self.at_once(self.exact, row, token_ids) if at_once is not None else None
+            if exact is None:
+                exact_ids, exact = self.generate(self.exact, row)
+                if exact_ids != token_ids:
+                    return None
+            known = float((logits - exact).abs().max())
+        if at_once is not None:
+            known = max(known, float((at_once - exact).abs().max()))
+        known = max(known, noise)
+        if not has_clear_margin((logits,), known):
+            return None
+        return Continuation(row, token_ids, exact, known)
+
+    def at_once(self, model: Any, row: list[int], token_ids: list[int]) -> torch.Tensor | None:
+        """Logits of one forward over everything; None if it knows other tokens than generate()."""
         try:
             with torch.no_grad():
-                whole = self.plain(torch.tensor([[*row, *token_ids]]), use_cache=False).logits
-            at_once = whole[0, len(row) - 1 : -1].double()
-            differs = (at_once.argmax(-1) != torch.tensor(token_ids)).any()
-            if at_once.shape != exact.shape or differs:
-                self.notes.add("its plain forward is no oracle: generate() differs from it")
-            else:
-                noise = max(noise, float((at_once - exact).abs().max()))
+                out = model(torch.tensor([[*row, *token_ids]]), use_cache=False)
         except Exception:
-            self.notes.add("its plain forward does not run alone")
-        if self.exact is None and noise == 0:
-            noise = 64 * torch.finfo(torch.float32).eps * float(logits.abs().max())
-        return Continuation(row, token_ids, logits, exact, noise)
+            return None
+        logits = out.logits[0, len(row) - 1 : -1].double()
+        right = logits.argmax(-1).tolist() == token_ids
+        return logits if right else None
 
     def pick(self, length: int, prefix: list[int] | None = None) -> Continuation:
         """A prompt (after `prefix`) whose tokens vary and are 20 times the noise from a tie."""
-        monotonous = 0
+        self.monotonous = 0
         for seed in range(_PROMPTS_TRIED):
-            row = [*(prefix or ()), *prompts(length, seed=seed)[0]]
-            found = self.continuation(row)
-            if found is None or not found.exact.isfinite().all():
-                continue
-            varied = len(set(found.token_ids)) >= _FEWEST_KINDS
-            if varied and has_clear_margin((found.logits,), found.noise):
+            found = self.continuation([*(prefix or ()), *prompts(length, seed=seed)[0]])
+            if found is not None:
                 return found
-            monotonous += not varied
-        what = "say little" if monotonous > _PROMPTS_TRIED // 2 else "come near a tie"
+        what = "say little" if self.monotonous > _PROMPTS_TRIED // 2 else "come near a tie"
         raise UnprovenError(f"every prompt of {length} tokens tried would {what}")
 
     def _look_at_a_padded_batch(self) -> None:

@@ -71,6 +71,13 @@ SIZES = {
     "max_seq_len": 512,
     "max_target_positions": 512,
     "max_source_positions": 64,
+    "rotary_dim": 8,
+    # Embeddings that every layer has of its own.
+    "vocab_size_per_layer_input": VOCAB,
+    "hidden_size_per_layer_input": 16,
+    # Vision and sound, which no prompt here has.
+    "image_size": 32,
+    "patch_size": 16,
     # State of recurrent layers.
     "mamba_d_state": 8,
     "mamba_d_conv": 4,
@@ -98,4 +105,59 @@ SIZES = {
 
 # Fields of single types, instead of those above or besides them; those of a configuration inside
 # another by a dictionary.
-SPECIAL: dict[str, dict] = {}
+_SHARING = {
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+_PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+_WINDOW_FIRST = {"layer_types": ["sliding_attention", "full_attention"]}
+
+SPECIAL: dict[str, dict] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "blt": {"encoder_hash_byte_group_vocab": 50, "patcher_config": {"head_dim": 16}},
+    "cohere_compass_text": {
+        **_WINDOW_FIRST,
+        "rope_parameters": {"full_attention": _PLAIN_ROPE, "sliding_attention": _PLAIN_ROPE},
+    },
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}},
+    "dots1": {"n_shared_experts": 1},
+    "dots3_note": {"adapter_in_dim": 64, "adapter_out_dim": 64},
+    "dots3_note_text": {"shared_experts_intermediate_size": 32},
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "gemma3n": {"text_config": _SHARING | {"laurel_rank": 8}},
+    "gemma3n_text": _SHARING | {"laurel_rank": 8, "activation_sparsity_pattern": [0.95, 0, 0, 0]},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "helium": {"head_dim": 16},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "longcat_flash": {"head_dim": 8, "zero_expert_num": 2},
+    "mamba2": {"head_dim": 32},
+    "moshi": {"audio_vocab_size": 64},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 2,
+        "indexer_head_dim": 16,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+        "hc_lowrank": 8,
+        "ple_embed_dim": 16,
+    },
+    "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 64, "attention_window_size": WINDOW},
+    "reformer": {"axial_pos_shape": [16, 32], "axial_pos_embds_dim": [16, 48]},
+    "roc_bert": {
+        "pronunciation_embed_dim": 16,
+        "pronunciation_vocab_size": VOCAB,
+        "shape_embed_dim": 16,
+        "shape_vocab_size": VOCAB,
+    },
+    "xlm": {"emb_dim": 64},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 3, "attn_layer_period": 3, "attn_layer_offset": 2},
+    "zamba2": {
+        "num_hidden_layers": 3,
+        "layers_block_type": ["linear_attention", "linear_attention", "hybrid"],
+    },
+    "zaya": {"num_experts_per_tok": 1},
+}
