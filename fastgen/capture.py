@@ -40,10 +40,11 @@ _IGNORED_KWARGS = {
 # to a window of them and keep nothing else. Which window, the masks say.
 _LAYER_KINDS = {"full_attention", "sliding_attention", "attention"}
 
-# What the forward must take, and why the tokens of many sequences cannot share a call without it.
-_NEEDED_ARGUMENTS = {
-    "position_ids": "cannot be told where tokens of different sequences stand",
-    "logits_to_keep": "would compute the logits of every token of a prompt",
+# How models number the tokens of a call, beginning at 0.
+_COUNTING = {
+    torch.ops.aten.arange.default,
+    torch.ops.aten.arange.start,
+    torch.ops.aten.arange.start_step,
 }
 
 # torch.export keeps global state: one capture at a time in a process.
@@ -172,20 +173,39 @@ class _PackedForward(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.takes_positions = takes_positions(model)
+        self.selects_rows = _selects_rows(model)
+        if not self.selects_rows:  # its head then gets no more than the rows
+            head: Any = model.get_output_embeddings()  # pyright: ignore
+            head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, self.rows],))
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, logits_indices: torch.Tensor
     ) -> torch.Tensor:
         input_ids = input_ids.unsqueeze(0)
+        arguments = {}
+        if self.takes_positions:
+            arguments["position_ids"] = positions.unsqueeze(0)
+        if self.selects_rows:
+            arguments["logits_to_keep"] = logits_indices
+        self.rows = logits_indices
         # A padding mask keeps transformers from guessing packed sequences out of the positions.
         output = self.model(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
-            position_ids=positions.unsqueeze(0),
             use_cache=False,
-            logits_to_keep=logits_indices,
+            **arguments,
         )
         return output.logits.squeeze(0)
+
+
+def _selects_rows(model: Any) -> bool:
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def takes_positions(model: Any) -> bool:
+    """Whether positions can be given to a model; if not, it numbers the columns of a call."""
+    return "position_ids" in inspect.signature(model.forward).parameters
 
 
 def check_model(model: Any, *, shapes_only: bool = False) -> None:
@@ -216,10 +236,11 @@ def check_model(model: Any, *, shapes_only: bool = False) -> None:
         )
     _check_layer_kinds(model)
     _check_rope(model)
-    parameters = inspect.signature(model.forward).parameters
-    for needed, reason in _NEEDED_ARGUMENTS.items():
-        if needed not in parameters:
-            raise UnsupportedModelError(f"{name}.forward takes no {needed} and {reason}")
+    if not _selects_rows(model) and not isinstance(model.get_output_embeddings(), nn.Linear):
+        raise UnsupportedModelError(
+            f"{name}.forward takes no logits_to_keep and has no single linear head, so that it "
+            "would compute the logits of every token of a prompt"
+        )
     if hooked := hooked_modules(model):
         raise UnsupportedModelError(
             f"forward hooks or replaced forwards on {', '.join(hooked[:3])} would be skipped; "
@@ -280,6 +301,8 @@ def capture(model: Any, *, shapes_only: bool = False) -> CapturedGraph:
         captured = _lift(model, program)
         _check_mutations(captured)
         _resolve_masks(captured)
+        if not takes_positions(model):
+            _number_by_positions(captured)
         _check_layers(model, captured)
         _check_kept_tokens(model, captured)
         if not shapes_only:
@@ -417,6 +440,27 @@ def _resolve_masks(captured: CapturedGraph) -> None:
     for node in captured.graph.nodes:
         if node.target is torch.ops.fastgen.mask_marker.default:
             raise UnsupportedModelError(f"the mask is read by {[str(user) for user in node.users]}")
+
+
+def _number_by_positions(captured: CapturedGraph) -> None:
+    """Where a model counts the tokens of a call itself, it reads their positions instead.
+
+    For one sequence alone the two are the same; that nothing else depends on the place in the call
+    is what the packing check shows.
+    """
+    positions = next(
+        node for node in captured.placeholders() if captured.inputs[node.name].target == "positions"
+    )
+    value = positions.meta["val"]
+    for node in list(captured.graph.nodes):
+        made = node.meta.get("val")
+        if (
+            node.target in _COUNTING
+            and made.dtype == value.dtype
+            and str(made.shape) == str(value.shape)
+        ):
+            node.replace_all_uses_with(positions)
+    captured.graph.eliminate_dead_code()
 
 
 def _check_layers(model: nn.Module, captured: CapturedGraph) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from .capture import takes_positions
 from .config import INT32_MAX, SamplingParams
 from .engine.engine import EngineCore, failure
 from .engine.lockstep import LockstepGroup
@@ -125,6 +126,7 @@ def _generate_native(
     ) -> Any:
         call = _Call(
             engine,
+            takes_positions(model),
             input_ids,
             logits_processor,
             stopping_criteria,
@@ -197,6 +199,7 @@ class _Call:
     def __init__(
         self,
         engine: EngineCore,
+        takes_positions: bool,
         input_ids: torch.Tensor,
         logits_processor: Any,
         stopping_criteria: Any,
@@ -205,6 +208,7 @@ class _Call:
         model_kwargs: dict[str, Any],
     ) -> None:
         self.engine = engine
+        self.takes_positions = takes_positions
         self.input_ids = input_ids
         self.logits_processor = logits_processor
         self.stopping_criteria = stopping_criteria
@@ -307,11 +311,23 @@ class _Call:
 
     def _positions(self, rows: list[list[int]]) -> list[list[int]]:
         if self.position_ids is None:
-            raise TransformersLoop("transformers has prepared no position_ids")
+            if self.takes_positions:
+                raise TransformersLoop("transformers has prepared no position_ids")
+            return self._columns(rows)
         positions = self.position_ids.expand(len(rows), -1)
         if positions.shape != self.input_ids.shape:
             raise TransformersLoop("position_ids and input_ids differ in shape")
         return positions.tolist()
+
+    def _columns(self, rows: list[list[int]]) -> list[list[int]]:
+        """Where a model that numbers columns puts the tokens of each row, were it alone.
+
+        In transformers' own padded batches the padding counts as well.
+        """
+        if self.attention_mask is None:
+            return [list(range(len(row))) for row in rows]
+        first = [(mask + [1]).index(1) for mask in self.attention_mask.tolist()]
+        return [[i - start for i in range(len(row))] for row, start in zip(rows, first)]
 
     def _run_free(self) -> torch.Tensor:
         """Each row ends on its own; short ones are padded, as transformers' loop would have."""
