@@ -56,7 +56,8 @@ def mask_marker(padding_mask: torch.Tensor, kind: str, window: int) -> torch.Ten
     """Stands for a mask in a captured graph; resolved before the graph can run.
 
     Args:
-        padding_mask: [1, num_tokens] bool. kind: "causal". window: Keys seen by a query, 0: all.
+        padding_mask: [1, num_tokens] bool. window: Keys seen by a query, 0: all.
+        kind: "causal", or the name of a mask function that is not understood.
     Raises: RuntimeError if it is ever run.
     """
     raise RuntimeError("a mask marker was left in a graph that runs")
@@ -122,12 +123,15 @@ def _mask_forward(
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """What transformers calls to make a mask while a graph is captured."""
+    """What transformers calls to make a mask while a graph is captured.
+
+    Some models make masks that no attention here reads (a decoder's for its encoder), so that one
+    which is not understood is refused only where it is read.
+    """
     window = _causal_window(mask_function)
     if window is None:
-        raise UnsupportedModelError(
-            f"mask function {_mask_name(mask_function)} is neither causal nor a sliding window"
-        )
+        unread = torch.ones((batch_size, kv_length), dtype=torch.bool, device=kwargs.get("device"))
+        return mask_marker(unread, _mask_name(mask_function), 0)
     if attention_mask is None:
         raise UnsupportedModelError("a mask was made without the padding mask of the call")
     return mask_marker(attention_mask, "causal", window)
@@ -206,6 +210,15 @@ def _selects_rows(model: Any) -> bool:
 def takes_positions(model: Any) -> bool:
     """Whether positions can be given to a model; if not, it numbers the columns of a call."""
     return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def longest_sequence(model: Any) -> int | None:
+    """Positions that a model has, or None if its configuration does not say."""
+    config = model.config.get_text_config()
+    for name in ("max_position_embeddings", "max_target_positions"):
+        if isinstance(limit := getattr(config, name, None), int):
+            return limit
+    return None
 
 
 def check_model(model: Any, *, shapes_only: bool = False) -> None:
@@ -430,7 +443,11 @@ def _resolve_masks(captured: CapturedGraph) -> None:
             raise UnsupportedModelError(
                 f"the mask of layer {layer_idx} is computed by the model ({marker.target})"
             )
-        window = marker.args[2]
+        kind, window = marker.args[1:]
+        if kind != "causal":
+            raise UnsupportedModelError(
+                f"layer {layer_idx}: mask function {kind} is neither causal nor a sliding window"
+            )
         if given and given != window:
             raise UnsupportedModelError(
                 f"layer {layer_idx} has sliding_window={given} and a mask with window {window}"
