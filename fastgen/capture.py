@@ -23,8 +23,8 @@ from .errors import UnsupportedModelError
 from .fingerprint import hooked_modules, marks_gradients, places_inputs
 from .packing_check import check_packing
 from .passes import BATCH_INPUTS, CapturedGraph, InputSpec
-from .passes.graph import memory_of, written_by
 from .places import number_by_position
+from .shared_keys import share_keys
 from .tracing import trace
 
 ATTENTION_NAME = "fastgen"
@@ -43,12 +43,6 @@ _IGNORED_KWARGS = {
 # a window of them or to those of one chunk, and keep nothing else. Which, the masks say.
 _LAYER_KINDS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 
-# What the forward must take, and why the tokens of many sequences cannot share a call without it.
-_NEEDED_ARGUMENTS = {
-    "position_ids": "cannot be told where tokens of different sequences stand",
-    "logits_to_keep": "would compute the logits of every token of a prompt",
-}
-
 # torch.export keeps global state: one capture at a time in a process.
 _capture_lock = threading.Lock()
 
@@ -58,8 +52,8 @@ def mask_marker(padding_mask: torch.Tensor, kind: str, size: int) -> torch.Tenso
     """Stands for a mask in a captured graph; resolved before the graph can run.
 
     Args:
-        padding_mask: [1, num_tokens] bool. kind: "causal", "sliding" or "chunked". size: Keys in a
-            window, or tokens in a chunk; 0 if causal.
+        padding_mask: [1, num_tokens] bool. kind: "causal", "sliding", "chunked", or the name of a
+            mask function that is not understood. size: Keys in a window, or tokens in a chunk.
     Raises: RuntimeError if it is ever run.
     """
     raise RuntimeError("a mask marker was left in a graph that runs")
@@ -125,13 +119,15 @@ def _mask_forward(
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """What transformers calls to make a mask while a graph is captured."""
+    """What transformers calls to make a mask while a graph is captured.
+
+    Some models make masks that no attention here reads (a decoder's for its encoder), so that one
+    which is not understood is refused only where it is read.
+    """
     kind, size = _kind_of_mask(mask_function)
     if kind is None:
-        raise UnsupportedModelError(
-            f"mask function {_mask_name(mask_function)} is neither causal nor a sliding window nor "
-            "in chunks"
-        )
+        unread = torch.ones((batch_size, kv_length), dtype=torch.bool, device=kwargs.get("device"))
+        return mask_marker(unread, _mask_name(mask_function), 0)
     if attention_mask is None:
         raise UnsupportedModelError("a mask was made without the padding mask of the call")
     return mask_marker(attention_mask, kind, size)
@@ -186,20 +182,48 @@ class _PackedForward(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.takes_positions = takes_positions(model)
+        self.selects_rows = _selects_rows(model)
+        if not self.selects_rows:  # its head then gets no more than the rows
+            head: Any = model.get_output_embeddings()  # pyright: ignore
+            head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, self.rows],))
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, logits_indices: torch.Tensor
     ) -> torch.Tensor:
         input_ids = input_ids.unsqueeze(0)
+        arguments = {}
+        if self.takes_positions:
+            arguments["position_ids"] = positions.unsqueeze(0)
+        if self.selects_rows:
+            arguments["logits_to_keep"] = logits_indices
+        self.rows = logits_indices
         # A padding mask keeps transformers from guessing packed sequences out of the positions.
         output = self.model(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
-            position_ids=positions.unsqueeze(0),
             use_cache=False,
-            logits_to_keep=logits_indices,
+            **arguments,
         )
         return output.logits.squeeze(0)
+
+
+def _selects_rows(model: Any) -> bool:
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def takes_positions(model: Any) -> bool:
+    """Whether positions can be given to a model; if not, it numbers the columns of a call."""
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def longest_sequence(model: Any) -> int | None:
+    """Positions that a model has, or None if its configuration does not say."""
+    config = model.config.get_text_config()
+    for name in ("max_position_embeddings", "max_target_positions"):
+        if isinstance(limit := getattr(config, name, None), int):
+            return limit
+    return None
 
 
 def check_model(model: Any, *, shapes_only: bool = False) -> None:
@@ -230,10 +254,11 @@ def check_model(model: Any, *, shapes_only: bool = False) -> None:
         )
     _check_layer_kinds(model)
     _check_rope(model)
-    parameters = inspect.signature(model.forward).parameters
-    for needed, reason in _NEEDED_ARGUMENTS.items():
-        if needed not in parameters:
-            raise UnsupportedModelError(f"{name}.forward takes no {needed} and {reason}")
+    if not _selects_rows(model) and not isinstance(model.get_output_embeddings(), nn.Linear):
+        raise UnsupportedModelError(
+            f"{name}.forward takes no logits_to_keep and has no single linear head, so that it "
+            "would compute the logits of every token of a prompt"
+        )
     if hooked := hooked_modules(model):
         raise UnsupportedModelError(
             f"forward hooks or replaced forwards on {', '.join(hooked[:3])} would be skipped; "
@@ -294,8 +319,8 @@ def capture(model: Any, *, shapes_only: bool = False) -> CapturedGraph:
         captured = _lift(model, program)
         _check_mutations(captured)
         _resolve_masks(captured)
-        number_by_position(captured)
-        _share_keys(captured)
+        number_by_position(captured, every_count=not takes_positions(model))
+        share_keys(captured)
         _check_layers(model, captured)
         _check_kept_tokens(model, captured)
         if not shapes_only:
@@ -415,7 +440,12 @@ def _resolve_masks(captured: CapturedGraph) -> None:
             raise UnsupportedModelError(
                 f"the mask of layer {layer_idx} is computed by the model ({marker.target})"
             )
-        _, kind, size = marker.args
+        kind, size = marker.args[1:]
+        if kind not in ("causal", "sliding", "chunked"):
+            raise UnsupportedModelError(
+                f"layer {layer_idx}: mask function {kind} is neither causal nor a sliding window "
+                "nor in chunks"
+            )
         window, chunk = (0, size) if kind == "chunked" else (size, 0)
         if given and given != window:
             raise UnsupportedModelError(
@@ -427,37 +457,6 @@ def _resolve_masks(captured: CapturedGraph) -> None:
     for node in captured.graph.nodes:
         if node.target is torch.ops.fastgen.mask_marker.default:
             raise UnsupportedModelError(f"the mask is read by {[str(user) for user in node.users]}")
-
-
-def _share_keys(captured: CapturedGraph) -> None:
-    """Attentions to which the model gives the same keys and values read the same two nodes.
-
-    Those of the first; `insert_paged_cache` then keeps them once. Not if one of them is written to
-    in between: what was stored is then no longer what is read.
-    """
-    first: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
-    written: dict[int | None, fx.Node] = {}  # memory -> the last that wrote there
-    order = {node: index for index, node in enumerate(captured.graph.nodes)}
-    for node in captured.graph.nodes:
-        written.update({memory_of(argument): node for argument in written_by(node)})
-        if node.target is not torch.ops.fastgen.attention.default:
-            continue
-        given = _given(node.args[1]), _given(node.args[2])
-        owner = first.setdefault(given, node)
-        writers = [written[memory] for memory in map(memory_of, given) if memory in written]
-        if all(order[writer] < order[owner] for writer in writers):
-            node.args = (node.args[0], *owner.args[1:3], *node.args[3:])
-        else:
-            first[given] = node
-    captured.graph.eliminate_dead_code()
-
-
-def _given(argument: fx.Node) -> fx.Node:
-    """What the model gave, before `_attention_forward` put the tokens first."""
-    transposed, select = torch.ops.aten.transpose.int, torch.ops.aten.select.int
-    if argument.target is transposed and argument.args[0].target is select:  # pyright: ignore
-        return argument.args[0].args[0]  # pyright: ignore
-    return argument
 
 
 def _check_layers(model: nn.Module, captured: CapturedGraph) -> None:

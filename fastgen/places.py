@@ -1,7 +1,8 @@
 """A token's place in the call, where a model takes it for the token's position.
 
-Some models count `arange(num_tokens)` instead of reading position_ids (Llama 4, to scale the
-queries of long sequences). With one sequence in a call that is the same; here many share it.
+Some models count the tokens of a call instead of reading position_ids: for all they do, or beside
+them (Llama 4, to scale the queries of long sequences). With one sequence in a call place and
+position are the same; here many share it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from torch import fx
 from .passes import CapturedGraph
 from .passes.pattern import aten, calls, value_of
 
-_ARANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
+# How models number the tokens of a call, beginning at 0.
+_COUNTING = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 # What leaves whole numbers as they are, or moves all of them alike.
 _STEPS = (
     aten._assert_tensor_metadata.default,
@@ -25,22 +27,24 @@ _STEPS = (
 )
 
 
-def number_by_position(captured: CapturedGraph) -> None:
-    """Counts of the call's tokens that become fractional numbers become their positions.
+def number_by_position(captured: CapturedGraph, *, every_count: bool) -> None:
+    """Read positions where the tokens of the call are counted.
 
-    An index, which stays a whole number, is a place and stays one; `check_packing` sees to it that
-    a place that matters otherwise is not taken for a position.
+    every_count: For models that take no position_ids. Of others only those counts that become
+    fractional numbers: what stays whole may be an index, which is a place and stays one. That
+    nothing else depends on the place in the call is what `check_packing` shows; here a scale could
+    change far beyond the few tokens that it tries.
     """
     positions = captured.placeholder("batch", "positions")
-    num_tokens = str(value_of(positions).shape)
+    value = value_of(positions)
     for node in list(captured.graph.nodes):
-        if node.target in _ARANGES and str(value_of(node).shape) == num_tokens:
-            start, step = 0, 1
-            if node.target is not aten.arange.default:
-                start, _, step = (*node.args, 1)[:3]
-            if (start, step) == (0, 1) and value_of(node).dtype == torch.int64:
-                if _becomes_fractional(node):
-                    node.replace_all_uses_with(positions)
+        if node.target not in _COUNTING:
+            continue
+        made = value_of(node)
+        if made.dtype != value.dtype or str(made.shape) != str(value.shape):
+            continue
+        if every_count or _becomes_fractional(node):
+            node.replace_all_uses_with(positions)
     captured.graph.eliminate_dead_code()
 
 
@@ -48,10 +52,9 @@ def _becomes_fractional(count: fx.Node) -> bool:
     """Whether all that reads this count makes floating point numbers of it."""
     stack, ends = [count], 0
     while stack:
-        node = stack.pop()
-        for user in node.users:
-            value = user.meta.get("val")
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
+        for user in stack.pop().users:
+            made = user.meta.get("val")
+            if isinstance(made, torch.Tensor) and made.is_floating_point():
                 if not calls(user, aten.to.dtype, aten.div.Tensor):
                     return False
                 ends += 1

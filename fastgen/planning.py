@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .capture import capture, check_model
+from .capture import capture, check_model, longest_sequence
 from .config import Config, check_float, check_int
 from .costs import (
     Cost,
@@ -345,7 +345,7 @@ def _meta_model(config: Any, dtype: torch.dtype | None) -> Any:
 
 
 def _max_model_len(model: Any, settings: Config) -> int:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = longest_sequence(model)
     wanted = settings.max_model_len or limit
     if wanted is None:
         raise ValueError("the configuration does not say how long sequences get; set max_model_len")
