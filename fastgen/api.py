@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from . import graph_cache
-from .capture import capture, check_model, longest_sequence
+from .capture import capture, check_model, longest_sequence, why_not_longer
 from .compiled import CompiledForward, rewrite
 from .config import Config
 from .engine.engine import EngineCore
@@ -59,6 +59,7 @@ class _Graph:
     compiled: CompiledForward
     device: torch.device
     max_model_len: int
+    why_not_longer: str
 
 
 class OptimizedModel:
@@ -111,7 +112,8 @@ class OptimizedModel:
         codegen = self.config.codegen
         with self._timed("Inductor" if codegen == "inductor" else "choice of kernels"):
             compiled = CompiledForward(graph, report, codegen)
-        return _Graph(compiled, device, max_model_len)
+        ends = max_model_len == longest_sequence(model)
+        return _Graph(compiled, device, max_model_len, why_not_longer(model) if ends else "")
 
     def _cached(
         self, model: Any, device: torch.device, budget: int
@@ -219,7 +221,8 @@ class OptimizedModel:
             return limit
         if limit is not None and wanted > limit:
             raise ValueError(
-                f"max_model_len must be <= {limit} (the model's limit), got {wanted}; lower it"
+                f"max_model_len must be <= {limit} ({why_not_longer(model)}), got {wanted}; "
+                "lower it"
             )
         return wanted
 
@@ -373,6 +376,7 @@ class OptimizedModel:
             device=str(self.device),
             config=self.config,
             max_model_len=self.max_model_len,
+            why_not_longer=self._graph.why_not_longer,
             spec=self.compiled.spec,
             report=self.compiled.report,
             weight_epoch=self.weight_epoch,

@@ -14,6 +14,7 @@ import inspect
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -218,12 +219,35 @@ def takes_positions(model: Any) -> bool:
 
 
 def longest_sequence(model: Any) -> int | None:
-    """Positions that a model has, or None if its configuration does not say."""
+    """Tokens that a sequence may have, or None if the model does not say."""
+    return min((limit for limit, _ in _length_limits(model)), default=None)
+
+
+def why_not_longer(model: Any) -> str:
+    """What ends the longest sequence."""
+    return min(_length_limits(model))[1]
+
+
+def _length_limits(model: Any) -> list[tuple[int, str]]:
+    """Limits of a sequence's length, and why they are.
+
+    Up to a length that they name, frequencies that follow the largest position stay as they were
+    made, and sequences share calls. Beyond it they depend on what shares the call.
+    """
     config = model.config.get_text_config()
-    for name in ("max_position_embeddings", "max_target_positions"):
-        if isinstance(limit := getattr(config, name, None), int):
-            return limit
-    return None
+    named = (getattr(config, "max_position_embeddings", None), "the model's limit")
+    if not isinstance(named[0], int):
+        named = (getattr(config, "max_target_positions", None), named[1])
+    limits = [named]
+    for _, module, kind, _, layer_type in _changing_ropes(model):
+        if kind == "longrope":
+            parameters: Any = module.config.rope_parameters  # pyright: ignore
+            parameters = parameters[layer_type] if layer_type else parameters
+            limit = parameters["original_max_position_embeddings"]
+        else:
+            limit = module.original_max_seq_len
+        limits.append((limit, f"beyond it, RoPE of type {kind!r} takes other frequencies"))
+    return [(limit, why) for limit, why in limits if isinstance(limit, int)]
 
 
 def check_model(model: Any, *, shapes_only: bool = False) -> None:
@@ -285,16 +309,42 @@ def _check_layer_kinds(model: Any) -> None:
         )
 
 
-def _check_rope(model: nn.Module) -> None:
-    """Refuse frequencies that follow the largest position of a call: many sequences share it."""
+def _changing_ropes(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, str, str | None]]:
+    """Rotary embeddings whose frequencies follow the largest position of a call.
+
+    Of each: name, module, kind, the prefix of its buffers, the kind of layers that it is for.
+    """
     for name, module in model.named_modules():
         kinds = getattr(module, "rope_type", None)
-        for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
+        for layer_type, kind in (kinds if isinstance(kinds, dict) else {None: kinds}).items():
             if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):
-                raise UnsupportedModelError(
-                    f"{name} is RoPE of type {kind!r}, whose frequencies depend on the longest "
-                    "sequence of a call"
-                )
+                yield name, module, kind, f"{layer_type}_" if layer_type else "", layer_type
+
+
+def _check_rope(model: nn.Module) -> None:
+    """Refuse frequencies that change with length if those of short sequences are not kept."""
+    for name, module, kind, prefix, _ in _changing_ropes(model):
+        buffers = dict(module.named_buffers(recurse=False))
+        if not {f"{prefix}inv_freq", f"{prefix}original_inv_freq"} <= set(buffers):
+            raise UnsupportedModelError(
+                f"{name} is RoPE of type {kind!r}, whose frequencies depend on the longest "
+                "sequence of a call, and does not keep those of short sequences"
+            )
+
+
+def _keep_short_frequencies(clone: nn.Module) -> dict[str, str]:
+    """Let RoPE that changes with length be what it is for short sequences.
+
+    Returns: buffers that are read -> the live model's buffers that they are.
+    """
+    read = {}
+    for name, module, _, prefix, layer_type in list(_changing_ropes(clone)):
+        changing, kept = f"{prefix}inv_freq", f"{prefix}original_inv_freq"
+        module.register_buffer(changing, module.get_buffer(kept), persistent=False)
+        kinds: Any = module.rope_type
+        module.rope_type = {**kinds, layer_type: "default"} if layer_type else "default"
+        read[f"{name}.{changing}"] = f"{name}.{kept}"
+    return read
 
 
 def capture(model: Any, *, shapes_only: bool = False) -> CapturedGraph:
@@ -315,8 +365,7 @@ def capture(model: Any, *, shapes_only: bool = False) -> CapturedGraph:
         torch.autocast(autocast_device, enabled=False),
     ):
         _register()
-        program = _export(model)
-        captured = _lift(model, program)
+        captured = _lift(model, *_export(model))
         _check_mutations(captured)
         _resolve_masks(captured)
         number_by_position(captured, every_count=not takes_positions(model))
@@ -334,7 +383,8 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _export(model: nn.Module) -> torch.export.ExportedProgram:
+def _export(model: nn.Module) -> tuple[torch.export.ExportedProgram, dict[str, str]]:
+    """The traced call, and which buffers are others of the live model."""
     shared = {id(t): _exportable(t) for t in (*model.parameters(), *model.buffers())}
     try:
         clone: Any = copy.deepcopy(model, shared)
@@ -361,7 +411,8 @@ def _export(model: nn.Module) -> torch.export.ExportedProgram:
         "logits_indices": torch.tensor([1, 4, 6], device=_device(model)),
     }
     try:
-        return trace(_PackedForward(clone), example, ("input_ids", "positions"))
+        read = _keep_short_frequencies(clone)
+        return trace(_PackedForward(clone), example, ("input_ids", "positions")), read
     except UnsupportedModelError:
         raise
     except Exception as error:
@@ -381,7 +432,9 @@ def _exportable(tensor: torch.Tensor) -> torch.Tensor:
     return nn.Parameter(normal, requires_grad=False) if parameter else normal
 
 
-def _lift(model: nn.Module, program: torch.export.ExportedProgram) -> CapturedGraph:
+def _lift(
+    model: nn.Module, program: torch.export.ExportedProgram, read: dict[str, str]
+) -> CapturedGraph:
     """The exported graph in fastgen's form: what each placeholder is, one output."""
     from torch.export.graph_signature import InputKind
 
@@ -396,6 +449,7 @@ def _lift(model: nn.Module, program: torch.export.ExportedProgram) -> CapturedGr
         if spec.kind not in kinds:
             raise UnsupportedModelError(f"graph input {spec.arg} of kind {spec.kind} is unknown")
         target = (spec.target or spec.arg.name).removeprefix("model.")
+        target = read.get(target, target)
         inputs[spec.arg.name] = InputSpec(kinds[spec.kind], target)  # pyright: ignore
     outputs = program.graph_signature.output_specs
     if len(outputs) != 1 or outputs[0].kind.name != "USER_OUTPUT":

@@ -19,6 +19,7 @@ class Explanation:
     device: str
     config: Config
     max_model_len: int
+    why_not_longer: str
     spec: CacheSpec
     report: Report
     weight_epoch: int
@@ -37,6 +38,7 @@ class Explanation:
             "device": self.device,
             "config": asdict(self.config),
             "max_model_len": self.max_model_len,
+            "why_not_longer": self.why_not_longer,
             "cache": {
                 "bytes_per_token": self.spec.bytes_per_token,
                 "shared_bytes_per_token": self.spec.shared_bytes_per_token,
@@ -60,13 +62,16 @@ class Explanation:
     def __str__(self) -> str:
         layer = self.spec.layers[0]
         dtype = str(layer.dtype).removeprefix("torch.")
+        count = len(self.spec.entries)
         lines = [
-            f"{self.model} on {self.device}, one graph of {len(self.spec.entries)} attention layers",
+            f"{self.model} on {self.device}, one graph of {count} attention layers",
             f"  KV cache      {self.spec.bytes_per_token} bytes per token ({dtype}, "
             f"{layer.num_kv_heads} KV heads x {layer.head_dim}), blocks of "
             f"{self.config.block_size}; sequences of up to {self.max_model_len} tokens",
         ]
-        if shared := len(self.spec.entries) - len(self.spec.layers):
+        if "RoPE" in self.why_not_longer:
+            lines.append(f"    not longer  {self.why_not_longer}: transformers' loop")
+        if shared := count - len(self.spec.layers):
             lines.append(
                 f"    shared      {shared} layers read the cache of earlier ones, which saves "
                 f"{self.spec.shared_bytes_per_token} bytes per token"

@@ -30,10 +30,11 @@ _STEPS = (
 def number_by_position(captured: CapturedGraph, *, every_count: bool) -> None:
     """Read positions where the tokens of the call are counted.
 
-    every_count: For models that take no position_ids. Of others only those counts that become
-    fractional numbers: what stays whole may be an index, which is a place and stays one. That
-    nothing else depends on the place in the call is what `check_packing` shows; here a scale could
-    change far beyond the few tokens that it tries.
+    every_count: For models that take no position_ids. Of others only those counts to which the
+    number of tokens in the cache is added, 0 here (without it, transformers' loop counts from 0 in
+    each step), and that become fractional numbers: what stays whole may be an index, which is a
+    place and stays one. That nothing else depends on the place in the call is what `check_packing`
+    shows; here a scale could change far beyond the few tokens that it tries.
     """
     positions = captured.placeholder("batch", "positions")
     value = value_of(positions)
@@ -49,17 +50,19 @@ def number_by_position(captured: CapturedGraph, *, every_count: bool) -> None:
 
 
 def _becomes_fractional(count: fx.Node) -> bool:
-    """Whether all that reads this count makes floating point numbers of it."""
-    stack, ends = [count], 0
+    """Whether all that reads this count adds 0 and makes floating point numbers of it."""
+    stack, ends = [(count, False)], 0
     while stack:
-        for user in stack.pop().users:
+        node, past_added = stack.pop()
+        for user in node.users:
             made = user.meta.get("val")
             if isinstance(made, torch.Tensor) and made.is_floating_point():
-                if not calls(user, aten.to.dtype, aten.div.Tensor):
+                if not past_added or not calls(user, aten.to.dtype, aten.div.Tensor):
                     return False
                 ends += 1
             elif user.target in _STEPS:
-                stack.append(user)
+                adds_past = calls(user, aten.add.Tensor) and user.args[1] == 0
+                stack.append((user, past_added or adds_past))
             else:
                 return False
     return ends > 0

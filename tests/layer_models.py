@@ -31,6 +31,16 @@ _GEMMA = {
     "hidden_size_per_layer_input": 8,
     "tie_word_embeddings": False,
 }
+# Tokens up to which RoPE that changes with length is what it was; the longest test needs 80.
+THRESHOLD = 80
+_LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+    "long_factor": [4.0, 3.5, 3.0, 2.5, 2.0, 1.5, 1.2, 1.1],
+    "rope_theta": 1e4,
+    "original_max_position_embeddings": THRESHOLD,
+    "factor": 8.0,
+}
 
 # Model class, and the fields in which its configuration differs from SIZES.
 MODELS: dict[str, tuple[str, dict]] = {
@@ -83,10 +93,36 @@ MODELS: dict[str, tuple[str, dict]] = {
             "intermediate_size_mlp": 96,
         },
     ),
+    "phi3-longrope": (
+        "Phi3ForCausalLM",
+        {"original_max_position_embeddings": THRESHOLD, "rope_parameters": _LONGROPE},
+    ),
+    "llama-longrope": ("LlamaForCausalLM", {"rope_parameters": _LONGROPE}),
+    "llama-dynamic": (
+        "LlamaForCausalLM",
+        {
+            "max_position_embeddings": THRESHOLD,
+            "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
+        },
+    ),
+    "gemma3_text-dynamic": (
+        "Gemma3ForCausalLM",
+        {
+            "head_dim": 16,
+            "sliding_window": WINDOW,
+            "layer_types": _WINDOW_AND_FULL,
+            "max_position_embeddings": THRESHOLD,
+            "tie_word_embeddings": False,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e6},
+            },
+        },
+    ),
 }
 
 
-QUICK_MODELS = ("gemma3n_text", "llama4_text")
+QUICK_MODELS = ("gemma3n_text", "llama4_text", "phi3-longrope")
 
 
 def layer_model(name: str, **fields):
@@ -99,7 +135,7 @@ def layer_model(name: str, **fields):
         for parameter_name, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter), alpha=0.3)
-            if ".post_attention" in parameter_name and name.startswith("gemma"):
+            if ".post_" in parameter_name and "layernorm" in parameter_name and "gemma" in name:
                 parameter.add_(8)  # else the scaled embedding outweighs the layers
     return model.eval()
 
