@@ -399,8 +399,12 @@ def _export(model: nn.Module) -> tuple[torch.export.ExportedProgram, dict[str, s
         for key, hook in list(module._forward_hooks.items()):
             if marks_gradients(hook):
                 del module._forward_hooks[key]
+    if clone.config._attn_implementation == "eager":  # which looks at masks, not at flags
+        for module in clone.modules():
+            if getattr(module, "is_causal", None) is False:
+                module.is_causal = True
     clone.set_attn_implementation(ATTENTION_NAME)
-    if clone.config._attn_implementation != ATTENTION_NAME:
+    if clone.config.get_text_config()._attn_implementation != ATTENTION_NAME:
         raise UnsupportedModelError(
             f"{type(model).__name__} has attention code of its own that cannot be replaced"
         )

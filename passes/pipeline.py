@@ -137,7 +137,7 @@ def check_form(graph: CapturedGraph) -> None:
 
 
 def check_values(before: CapturedGraph, after: CapturedGraph) -> None:
-    """Rerun the graph on fake tensors; inputs and logits must keep their shapes, logits their dtype.
+    """Rerun the graph on fake tensors; inputs and logits must keep their shapes and dtypes.
 
     Every node's fake value is made anew on the way.
     """

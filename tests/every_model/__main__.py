@@ -1,4 +1,4 @@
-"""Walk all types, or those named: `python -m every_model [TYPE ...] [-n N] [--out results.json]`."""
+"""Walk all types, or those that are named: `python -m every_model [TYPE ...] [-n N]`."""
 
 import os
 

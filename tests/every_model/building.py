@@ -15,7 +15,7 @@ from .sizes import SIZES, SPECIAL
 
 TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
-_MOST_PARAMETERS = 5_000_000
+_MOST_PARAMETERS = 50_000_000
 
 # Fields that name the kind of each layer; a tiny model has each kind once.
 _KINDS = ("layer_types", "mlp_layer_types")
@@ -50,7 +50,7 @@ def tiny_config(model_type: str) -> Any:
     config = config_class(**_fields(config_class, SPECIAL.get(model_type, {})))
     if isinstance(config, model_class(model_type).config_class):
         return config
-    return config.get_text_config()
+    return config.get_text_config(decoder=True)
 
 
 def _fields(config_class: Any, special: dict) -> dict[str, Any]:

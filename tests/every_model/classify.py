@@ -75,6 +75,7 @@ class Oracle:
 
     def __init__(self, model_type: str, recipe: Recipe) -> None:
         self.recipe = recipe
+        self.bytes_per_token = 0  # of fastgen's cache, once it is known
         self.plain = tiny_model(model_type, recipe)
         self.notes: set[str] = set()
         self.exact: Any = copy.deepcopy(self.plain).double()
@@ -211,6 +212,8 @@ def _oracle(model_type: str) -> Oracle:
 def _check_alone(model_type: str, oracle: Oracle) -> None:
     """generate() of each row alone and of a padded batch, logits, and prefixes that are shared."""
     with _engine(model_type, oracle) as engine:
+        spec = fastgen.api.require(engine.model).compiled.spec
+        oracle.bytes_per_token = spec.bytes_per_token
         eps = torch.finfo(torch.float32).eps
         for found in oracle.picked:
             with NativeTokens(engine.model, NUM_TOKENS):
@@ -244,9 +247,7 @@ def _check_chunks(model_type: str, oracle: Oracle) -> None:
 def _check_preemption(model_type: str, oracle: Oracle) -> None:
     """A pool for two of the requests at their full length."""
     blocks = 1 + 2 * -(-(max(LENGTHS) + NUM_TOKENS) // BLOCK_SIZE)
-    with _engine(model_type, oracle) as engine:
-        spec = fastgen.api.require(engine.model).compiled.spec
-    small = blocks * spec.bytes_per_token * BLOCK_SIZE
+    small = blocks * oracle.bytes_per_token * BLOCK_SIZE
     with _engine(model_type, oracle, kv_cache_memory_bytes=small) as engine:
         outputs = engine.generate([found.row for found in oracle.picked], GREEDY)
         _compare("preempted", [output.token_ids for output in outputs], oracle.picked)

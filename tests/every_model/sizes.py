@@ -9,7 +9,7 @@ WINDOW = 12
 SIZES = {
     "vocab_size": VOCAB,
     "type_vocab_size": 2,
-    # Width. head_dim is not hidden_size / num_attention_heads, so that neither passes for the other.
+    # Width. head_dim is not hidden_size / num_attention_heads: neither can pass for the other.
     "hidden_size": 64,
     "d_model": 64,
     "n_embd": 64,
@@ -78,6 +78,9 @@ SIZES = {
     # Vision and sound, which no prompt here has.
     "image_size": 32,
     "patch_size": 16,
+    "adapter_in_dim": 64,
+    "adapter_out_dim": 64,
+    "adapter_input_size": 64,
     # State of recurrent layers.
     "mamba_d_state": 8,
     "mamba_d_conv": 4,
@@ -113,6 +116,16 @@ _SHARING = {
 _PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 _WINDOW_FIRST = {"layer_types": ["sliding_attention", "full_attention"]}
 
+_QWEN4 = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 32,
+    "indexer_budget": 16,
+    "indexer_compress_ratio": 4,
+    "hc_lowrank": 8,
+    "ple_embed_dim": 16,
+}
+
 SPECIAL: dict[str, dict] = {
     "bamba": {"attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": 50, "patcher_config": {"head_dim": 16}},
@@ -120,30 +133,26 @@ SPECIAL: dict[str, dict] = {
         **_WINDOW_FIRST,
         "rope_parameters": {"full_attention": _PLAIN_ROPE, "sliding_attention": _PLAIN_ROPE},
     },
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
     "dots1": {"n_shared_experts": 1},
-    "dots3_note": {"adapter_in_dim": 64, "adapter_out_dim": 64},
     "dots3_note_text": {"shared_experts_intermediate_size": 32},
     "falcon_h1": {"mamba_d_ssm": 128},
     "gemma3n": {"text_config": _SHARING | {"laurel_rank": 8}},
-    "gemma3n_text": _SHARING | {"laurel_rank": 8, "activation_sparsity_pattern": [0.95, 0, 0, 0]},
+    "gemma3n_text": _SHARING
+    | {"laurel_rank": 8, "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0]},
+    "gemma4_assistant": {
+        "text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "helium": {"head_dim": 16},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "longcat_flash": {"head_dim": 8, "zero_expert_num": 2},
-    "mamba2": {"head_dim": 32},
+    "mamba2": {"head_dim": 32, "n_groups": 2},
     "moshi": {"audio_vocab_size": 64},
-    "qwen4_exp_text": {
-        "indexer_n_heads": 4,
-        "indexer_kv_heads": 2,
-        "indexer_head_dim": 16,
-        "indexer_budget": 16,
-        "indexer_compress_ratio": 4,
-        "hc_lowrank": 8,
-        "ple_embed_dim": 16,
-    },
+    "qwen4_exp": {"text_config": _QWEN4},
+    "qwen4_exp_text": _QWEN4,
     "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 64, "attention_window_size": WINDOW},
     "reformer": {"axial_pos_shape": [16, 32], "axial_pos_embds_dim": [16, 48]},
     "roc_bert": {
@@ -154,7 +163,7 @@ SPECIAL: dict[str, dict] = {
     },
     "xlm": {"emb_dim": 64},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 3, "attn_layer_period": 3, "attn_layer_offset": 2},
+    "zamba": {"num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 2},
     "zamba2": {
         "num_hidden_layers": 3,
         "layers_block_type": ["linear_attention", "linear_attention", "hybrid"],

@@ -25,8 +25,8 @@ A tiny random model of each type, with one layer of each kind that its default c
   into chunks, behind a shared prefix and after preemption; and logits within twice the rounding
   error of transformers' own (against fp64). Only prompts whose two best logits always differ by 20
   times the noise count, with at least {kinds} different tokens in {tokens}.
-- **transformers' loop**: `fastgen.optimize` refuses the type by name, and everything runs as before.
-- **cannot be built**: transformers has no model of the type that generates text from token ids alone.
+- **transformers' loop**: `fastgen.optimize` refuses the type by name; everything runs as before.
+- **cannot be built**: transformers has no model of the type that makes text from token ids alone.
 
 *cached* is what each layer keeps for a token: KV heads x head size (key/value where they differ);
 for types that are not exact, the kinds of layers their configuration names.

@@ -17,6 +17,16 @@ import torch
 
 from .classify import UNPROVEN, WRONG, Verdict, classify
 
+# Into the process that all others are forked from.
+_IMPORTED_ONCE = (
+    "every_model.classify",
+    "fastgen.api",
+    "torch._dynamo",
+    "torch._export.non_strict_utils",
+    "torch.export._trace",
+    "transformers.generation",
+    "transformers.models.llama.modeling_llama",
+)
 _WALL_PER_CPU = 4  # a machine that is busy otherwise
 
 
@@ -56,7 +66,7 @@ def walk(
 def classified(types: list[str], processes: int, cpu_seconds: int):
     """Yields the verdict of each type as it comes."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["every_model.classify"])  # transformers is imported once
+    context.set_forkserver_preload(list(_IMPORTED_ONCE))
     waiting, running = list(types), {}
     with tempfile.TemporaryDirectory() as folder:
         while waiting or running:
