@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from layer_models import MODELS, THRESHOLD, layer_model
 from tiny_models import NativeTokens, left_padded, prompts
 
