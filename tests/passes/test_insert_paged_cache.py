@@ -157,7 +157,8 @@ def test_the_spec_is_read_from_the_keys_and_values(dtype):
             LayerCache("kv", 2, 4, 6, dtype, 0),
             LayerCache("kv", 1, 8, 8, dtype, 5),
             LayerCache("kv", 3, 4, 6, dtype, 9),
-        )
+        ),
+        entries=(0, 1, 2),
     )
     assert [layer.layout for layer in spec.layers] == ["canonical"] * 3
     assert all(type(layer.head_dim) is int for layer in spec.layers)
