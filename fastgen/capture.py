@@ -335,7 +335,8 @@ def _check_rope(model: nn.Module) -> None:
 def _keep_short_frequencies(clone: nn.Module) -> dict[str, str]:
     """Let RoPE that changes with length be what it is for short sequences.
 
-    Returns: buffers that are read -> the live model's buffers that they are.
+    Returns: buffers that are read -> the live model's buffers that they are. Of the two names of
+        one tensor torch.export may take either.
     """
     read = {}
     for name, module, _, prefix, layer_type in list(_changing_ropes(clone)):
