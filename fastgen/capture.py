@@ -238,7 +238,7 @@ def _length_limits(model: Any) -> list[tuple[int, str]]:
     named = (getattr(config, "max_position_embeddings", None), "the model's limit")
     if not isinstance(named[0], int):
         named = (getattr(config, "max_target_positions", None), named[1])
-    limits = [named]
+    limits: list[tuple[Any, str]] = [named]
     for _, module, kind, _, layer_type in _changing_ropes(model):
         if kind == "longrope":
             parameters: Any = module.config.rope_parameters  # pyright: ignore
@@ -343,7 +343,7 @@ def _keep_short_frequencies(clone: nn.Module) -> dict[str, str]:
         changing, kept = f"{prefix}inv_freq", f"{prefix}original_inv_freq"
         module.register_buffer(changing, module.get_buffer(kept), persistent=False)
         kinds: Any = module.rope_type
-        module.rope_type = {**kinds, layer_type: "default"} if layer_type else "default"
+        module.rope_type = {**kinds, layer_type: "default"} if layer_type else "default"  # pyright: ignore
         read[f"{name}.{changing}"] = f"{name}.{kept}"
     return read
 

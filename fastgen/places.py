@@ -51,7 +51,8 @@ def number_by_position(captured: CapturedGraph, *, every_count: bool) -> None:
 
 def _becomes_fractional(count: fx.Node) -> bool:
     """Whether all that reads this count adds 0 and makes floating point numbers of it."""
-    stack, ends = [(count, False)], 0
+    stack: list[tuple[fx.Node, bool]] = [(count, False)]
+    ends = 0
     while stack:
         node, past_added = stack.pop()
         for user in node.users:
@@ -61,7 +62,7 @@ def _becomes_fractional(count: fx.Node) -> bool:
                     return False
                 ends += 1
             elif user.target in _STEPS:
-                adds_past = calls(user, aten.add.Tensor) and user.args[1] == 0
+                adds_past = calls(user, aten.add.Tensor) and user.args[1] in (0,)
                 stack.append((user, past_added or adds_past))
             else:
                 return False

@@ -44,7 +44,7 @@ def fuse_rope_store(captured: CapturedGraph) -> PassReport:
             for index, part in enumerate((query, key)):
                 parts.append(graph.call_function(operator.getitem, (fused, index)))
                 parts[-1].meta = dict(part.meta)  # pyright: ignore
-        key.replace_all_uses_with(parts[1])
+        key.replace_all_uses_with(parts[1])  # pyright: ignore
         attention.args = (*parts, value, key_cache, value_cache, None, *attention.args[6:])
         report.matches += 1
     graph.eliminate_dead_code()
