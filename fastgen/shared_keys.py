@@ -9,7 +9,7 @@ from torch import fx
 
 from .passes import CapturedGraph
 from .passes.graph import memory_of, written_by
-from .passes.pattern import aten, calls
+from .passes.pattern import aten, calls, value_of
 
 
 def share_keys(captured: CapturedGraph) -> None:
@@ -37,5 +37,16 @@ def share_keys(captured: CapturedGraph) -> None:
 def _given(argument: Any) -> fx.Node:
     """What the model gave, before capture put the tokens first: `given[0].transpose(0, 1)`."""
     if calls(argument, aten.transpose.int) and calls(row := argument.args[0], aten.select.int):
-        return row.args[0]  # pyright: ignore
+        argument = row.args[0]
+    while _changes_nothing(argument):
+        argument = argument.args[0]
     return argument
+
+
+def _changes_nothing(node: fx.Node) -> bool:
+    """A `to` of what is there already: the same tensor."""
+    if node.target not in (aten.to.dtype, aten.to.device, aten.to.dtype_layout):
+        return False
+    before, after = value_of(node.args[0]), value_of(node)
+    same = (before.dtype, before.device) == (after.dtype, after.device)
+    return same and len(node.args) <= 3 and not node.kwargs.get("copy")
