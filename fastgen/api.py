@@ -304,6 +304,7 @@ class OptimizedModel:
             device=str(self.device),
             config=self.config,
             max_model_len=self.max_model_len,
+            why_not_longer=self._graph.why_not_longer,
             spec=self.compiled.spec,
             report=self.compiled.report,
             weight_epoch=self.weight_epoch,

@@ -222,8 +222,11 @@ def choose_kernels(graph: CapturedGraph) -> dict[str, dict[str, Any]]:
 
 
 def _call_site(node: fx.Node) -> kernels.CallSite:
-    names = [argument.name for argument in node.target._schema.arguments]  # pyright: ignore
-    values = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in node.args]
+    schema = node.target._schema.arguments  # pyright: ignore
+    given = {argument.name: argument.default_value for argument in schema}
+    given.update(zip((argument.name for argument in schema), node.args, strict=False))
+    given.update(node.kwargs)
+    values = fx.map_arg(given, lambda argument: argument.meta["val"])
     result = node.meta["val"]
     first = result[0] if isinstance(result, tuple) else result
-    return kernels.CallSite(first.device, dict(zip(names, values, strict=True)))
+    return kernels.CallSite(first.device, values)  # pyright: ignore

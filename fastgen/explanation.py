@@ -19,6 +19,7 @@ class Explanation:
     device: str
     config: Config
     max_model_len: int
+    why_not_longer: str
     spec: CacheSpec
     report: Report
     weight_epoch: int
@@ -38,7 +39,13 @@ class Explanation:
             "device": self.device,
             "config": asdict(self.config),
             "max_model_len": self.max_model_len,
-            "cache": {"bytes_per_token": self.spec.bytes_per_token, "layers": layers},
+            "why_not_longer": self.why_not_longer,
+            "cache": {
+                "bytes_per_token": self.spec.bytes_per_token,
+                "shared_bytes_per_token": self.spec.shared_bytes_per_token,
+                "layers": layers,
+                "entries": list(self.spec.entries),
+            },
             **self.report.to_dict(),
             "weight_epoch": self.weight_epoch,
             "graph": self.graph_source,
@@ -60,11 +67,19 @@ class Explanation:
         kept = f"{layer.num_kv_heads} KV heads x {layer.head_dim}"
         if layer.kind == "latent":
             kept = f"a latent of {layer.head_dim} and a key of {layer.v_head_dim} for all heads"
+        count = len(self.spec.entries)
         lines = [
-            f"{self.model} on {self.device}, one graph of {len(self.spec.layers)} attention layers",
+            f"{self.model} on {self.device}, one graph of {count} attention layers",
             f"  KV cache      {self.spec.bytes_per_token} bytes per token ({dtype}, {kept}), "
             f"blocks of {self.config.block_size}; sequences of up to {self.max_model_len} tokens",
         ]
+        if "RoPE" in self.why_not_longer:
+            lines.append(f"    not longer  {self.why_not_longer}: transformers' loop")
+        if shared := count - len(self.spec.layers):
+            lines.append(
+                f"    shared      {shared} layers read the cache of earlier ones, which saves "
+                f"{self.spec.shared_bytes_per_token} bytes per token"
+            )
         for item in self.report.passes:
             lines.append(f"  pass          {item.name}: {item.matches} ({item.status})")
             places: dict[str, list[str]] = {}

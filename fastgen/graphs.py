@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from . import graph_cache
-from .capture import capture, check_model
+from .capture import capture, check_model, longest_sequence, why_not_longer
 from .compiled import CompiledForward, rewrite
 from .config import Config
 from .engine.kv_cache import free_memory_bytes
@@ -37,13 +37,15 @@ class Graphs:
     """What was made of one fingerprint of a model; holds no weights while it is set aside.
 
     compiled: The plain graph. variants: The others, which take and give all that any two of them
-    do; seconds: what each took to make. refusals: Why a variant cannot be made.
+    do; seconds: what each took to make. refusals: Why a variant cannot be made. why_not_longer:
+    What ends the longest sequence; "" if it was asked to end there.
     pack_budget_bytes: What decided which weights are packed.
     """
 
     compiled: CompiledForward
     device: torch.device
     max_model_len: int
+    why_not_longer: str
     pack_budget_bytes: int
     variants: dict[Variant, CompiledForward] = field(default_factory=dict)
     seconds: dict[Variant, float] = field(default_factory=dict)
@@ -91,7 +93,9 @@ class GraphMaker:
         codegen = self.config.codegen
         with timed(self.start, "Inductor" if codegen == "inductor" else "choice of kernels"):
             compiled = CompiledForward(graph, report, codegen)
-        return Graphs(compiled, device, max_model_len, budget)
+        ends = max_model_len == longest_sequence(model)
+        why = why_not_longer(model) if ends else ""
+        return Graphs(compiled, device, max_model_len, why, budget)
 
     def make_variant(self, model: Any, graphs: Graphs, variant: Variant) -> CompiledForward:
         """A variant of the plain graph, over the same weights.
@@ -162,7 +166,7 @@ class GraphMaker:
         return sys.maxsize
 
     def _max_model_len(self, model: Any) -> int:
-        limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        limit = longest_sequence(model)
         wanted = self.config.max_model_len
         if wanted is None:
             if limit is None:
@@ -172,7 +176,8 @@ class GraphMaker:
             return limit
         if limit is not None and wanted > limit:
             raise ValueError(
-                f"max_model_len must be <= {limit} (the model's limit), got {wanted}; lower it"
+                f"max_model_len must be <= {limit} ({why_not_longer(model)}), got {wanted}; "
+                "lower it"
             )
         return wanted
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ..capture import takes_positions
 from ..engine.engine import EngineCore
 from ..errors import CapacityError, UnsupportedModelError
 from ..passes import PLAIN, Variant
@@ -20,7 +21,7 @@ from .beam_loop import run_beam_loop
 from .free_running import may_run_free, run_free
 from .prepared import PreparedCall, TransformersLoop
 from .returned_cache import check_kinds
-from .rows import requests_of
+from .rows import columns, requests_of
 from .sample_loop import run_sample_loop
 from .stop_strings import take_stop_strings, with_stop_strings
 from .support import check_call, check_variant
@@ -98,6 +99,10 @@ def _generate_native(
     ) -> Any:
         if generation_config.return_dict_in_generate and "past_key_values" in model_kwargs:
             check_kinds(model, engine)
+        attention_mask = model_kwargs.get("attention_mask")
+        position_ids = model_kwargs.get("position_ids")
+        if position_ids is None and not takes_positions(model):
+            position_ids = columns(input_ids, attention_mask)
         call = PreparedCall(
             model,
             engine,
@@ -106,8 +111,8 @@ def _generate_native(
             with_stop_strings(stopping_criteria, stop_strings, generation_config),
             generation_config,
             streamer,
-            attention_mask=model_kwargs.get("attention_mask"),
-            position_ids=model_kwargs.get("position_ids"),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
             past_key_values=model_kwargs.get("past_key_values"),
             inputs_embeds=model_kwargs.get("inputs_embeds"),
         )

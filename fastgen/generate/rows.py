@@ -37,7 +37,7 @@ def requests_of(call: PreparedCall) -> list[Request]:
             raise TransformersLoop("attention_mask and the prompt differ in shape")
         masks = call.attention_mask.tolist()
     positions = _positions(call)
-    windowed = any(layer.window for layer in call.engine.compiled.spec.layers)
+    counts = any(layer.counts_places for layer in call.engine.compiled.spec.layers)
     requests = []
     for row, mask, places, embedded in zip(rows, masks, positions, embeds, strict=True):
         visible = [i for i, seen in enumerate(mask) if seen]
@@ -49,8 +49,11 @@ def requests_of(call: PreparedCall) -> list[Request]:
             )
         if [places[i] for i in visible] != list(range(len(visible))):
             raise TransformersLoop("positions do not count a row's tokens")
-        if windowed and len(mask) - visible[0] > len(visible):
-            raise TransformersLoop("a sliding window reaches over masked slots within a row")
+        if counts and len(mask) - visible[0] > len(visible):
+            raise TransformersLoop(
+                "attention counts tokens (a sliding window, chunks, ALiBi), and some within a row "
+                "are masked"
+            )
         request = Request(
             [row[i] for i in visible],
             sampling,
@@ -90,3 +93,14 @@ def _embeddings(call: PreparedCall) -> torch.Tensor:
             f"have {like.shape[1]} numbers of {like.dtype}"
         )
     return embeds.detach().to(call.engine.device)
+
+
+def columns(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Positions for a model that takes none and numbers its tokens: those of each row alone.
+
+    In its own left-padded batches transformers counts the padding with them.
+    """
+    places = torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
+    if attention_mask is None or attention_mask.shape != input_ids.shape:
+        return places
+    return places - attention_mask.ne(0).int().argmax(dim=1, keepdim=True)
