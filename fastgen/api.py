@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from . import graph_cache
-from .capture import capture, check_model
+from .capture import capture, check_model, longest_sequence
 from .compiled import CompiledForward, rewrite
 from .config import Config
 from .engine.engine import EngineCore
@@ -209,7 +209,7 @@ class OptimizedModel:
         return self._graph.max_model_len
 
     def _max_model_len(self, model: Any) -> int:
-        limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        limit = longest_sequence(model)
         wanted = self.config.max_model_len
         if wanted is None:
             if limit is None:

@@ -5,6 +5,9 @@ found by registration, not by pattern: transformers hands every attention call t
 registered as "fastgen", which emits one `fastgen::attention`. Masks are found the same way: the
 registered mask function emits a marker that names the kind of mask, and the marker's way through
 the graph says which layer has which.
+
+Models that write their attention themselves are given the same marker as a mask of numbers, as they
+expect it, and what they make of it is found in the graph (own_attention.py).
 """
 
 from __future__ import annotations
@@ -21,10 +24,14 @@ from torch import fx, nn
 
 from .errors import UnsupportedModelError
 from .fingerprint import hooked_modules, marks_gradients, places_inputs
-from .packing_check import check_packing
+from .mask_marker import mask_marker
+from .own_attention import number_by_position, replace_own_attention
+from .packing_check import check_logits, check_packing, tensor_of
 from .passes import BATCH_INPUTS, CapturedGraph, InputSpec
 
 ATTENTION_NAME = "fastgen"
+# For models with attention code of their own: only a mask function bears this name.
+OWN_ATTENTION_NAME = "fastgen_own"
 
 # Passed through to attention by the models, and without effect on a forward without a cache:
 # positions have been applied by RoPE, the rest says what to return.
@@ -40,31 +47,21 @@ _IGNORED_KWARGS = {
 # to a window of them and keep nothing else. Which window, the masks say.
 _LAYER_KINDS = {"full_attention", "sliding_attention", "attention"}
 
-# What the forward must take, and why the tokens of many sequences cannot share a call without it.
-_NEEDED_ARGUMENTS = {
-    "position_ids": "cannot be told where tokens of different sequences stand",
-    "logits_to_keep": "would compute the logits of every token of a prompt",
-}
+# What the forward must take, and what it would do without.
+_NEEDED_ARGUMENTS = {"logits_to_keep": "would compute the logits of every token of a prompt"}
+
+# Where configurations say how long a sequence may get.
+_LENGTH_FIELDS = ("max_position_embeddings", "max_seq_len", "seq_length")
+
+# Tokens of the two sequences for which a graph is compared with the model itself.
+_COMPARED_TOKENS = 5
+
+_ATTENTION = torch.ops.fastgen.attention.default
+
+_MARKER = torch.ops.fastgen.mask_marker.default
 
 # torch.export keeps global state: one capture at a time in a process.
 _capture_lock = threading.Lock()
-
-
-@torch.library.custom_op("fastgen::mask_marker", mutates_args=())
-def mask_marker(padding_mask: torch.Tensor, kind: str, window: int) -> torch.Tensor:
-    """Stands for a mask in a captured graph; resolved before the graph can run.
-
-    Args:
-        padding_mask: [1, num_tokens] bool. kind: "causal". window: Keys seen by a query, 0: all.
-    Raises: RuntimeError if it is ever run.
-    """
-    raise RuntimeError("a mask marker was left in a graph that runs")
-
-
-@mask_marker.register_fake
-def _(padding_mask, kind, window):
-    num_tokens = padding_mask.shape[1]
-    return padding_mask.new_empty((1, 1, num_tokens, num_tokens))
 
 
 def _attention_forward(
@@ -132,6 +129,15 @@ def _mask_forward(
     return mask_marker(attention_mask, "causal", window)
 
 
+def _own_mask_forward(
+    *args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any
+) -> torch.Tensor:
+    """A mask to add to the scores, as models with attention code of their own expect it."""
+    marker = _mask_forward(*args, **kwargs)
+    seen = torch.zeros((), dtype=dtype, device=marker.device)
+    return torch.where(marker, seen, torch.finfo(dtype).min)
+
+
 def _causal_window(mask_function: Any) -> int | None:
     """0 for the plain causal mask, the window of a sliding one, None for anything else."""
     from transformers import masking_utils
@@ -164,6 +170,7 @@ def _register() -> None:
 
     AttentionInterface.register(ATTENTION_NAME, _attention_forward)
     AttentionMaskInterface.register(ATTENTION_NAME, _mask_forward)
+    AttentionMaskInterface.register(OWN_ATTENTION_NAME, _own_mask_forward)
 
 
 class _PackedForward(nn.Module):
@@ -172,20 +179,33 @@ class _PackedForward(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.takes_positions = _takes_positions(model)
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, logits_indices: torch.Tensor
     ) -> torch.Tensor:
         input_ids = input_ids.unsqueeze(0)
+        where = {"position_ids": positions.unsqueeze(0)} if self.takes_positions else {}
         # A padding mask keeps transformers from guessing packed sequences out of the positions.
         output = self.model(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
-            position_ids=positions.unsqueeze(0),
             use_cache=False,
             logits_to_keep=logits_indices,
+            **where,
         )
         return output.logits.squeeze(0)
+
+
+def _takes_positions(model: nn.Module) -> bool:
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def longest_sequence(model: Any) -> int | None:
+    """Tokens that a sequence may have by the model's configuration, None if that does not say."""
+    config = model.config.get_text_config()
+    lengths = (getattr(config, name, None) for name in _LENGTH_FIELDS)
+    return next((length for length in lengths if length is not None), None)
 
 
 def check_model(model: Any, *, shapes_only: bool = False) -> None:
@@ -262,8 +282,9 @@ def capture(model: Any, *, shapes_only: bool = False) -> CapturedGraph:
     """Trace a model's forward over packed tokens into one graph.
 
     The model is not touched: what is traced is a copy of its modules over the same parameters.
-    The graph is run twice on 8 tokens, to see that nothing but attention joins tokens; not with
-    shapes_only, for a model on the meta device, whose graph can be looked at and never run.
+    The graph is run twice on 8 tokens, to see that nothing but attention joins tokens, and once
+    beside the model's own forward; not with shapes_only, for a model on the meta device, whose
+    graph can be looked at and never run.
 
     Raises: UnsupportedModelError, naming what is not understood.
     """
@@ -276,24 +297,68 @@ def capture(model: Any, *, shapes_only: bool = False) -> CapturedGraph:
         torch.autocast(autocast_device, enabled=False),
     ):
         _register()
-        program = _export(model)
+        clone = _clone(model)
+        writes_attention = not _set_attention(clone)
+        program = _export(model, clone, writes_attention)
         captured = _lift(model, program)
+        start = time.perf_counter()
+        if writes_attention:
+            _replace_own_attention(model, captured)
+        if not _takes_positions(model):
+            number_by_position(captured)
         _check_mutations(captured)
         _resolve_masks(captured)
         _check_layers(model, captured)
         _check_kept_tokens(model, captured)
         if not shapes_only:
-            start = time.perf_counter()
             captured.keeps_sequences_apart = check_packing(model, captured)
+            _check_logits(model, captured, writes_attention)
             captured.check_seconds = time.perf_counter() - start
     return captured
+
+
+def _replace_own_attention(model: nn.Module, captured: CapturedGraph) -> None:
+    def value_of(spec: InputSpec) -> torch.Tensor:
+        value = tensor_of(model, captured, spec)
+        if value.device.type == "meta":
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has attention code of its own, which can only be "
+                f"understood with the values of {spec.target}"
+            )
+        return value
+
+    replace_own_attention(captured, value_of, longest_sequence(model) or 0)
+    if any(node.target is _MARKER for node in captured.graph.nodes):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has attention code of its own that cannot be replaced"
+        )
+
+
+def _check_logits(model: nn.Module, captured: CapturedGraph, writes_attention: bool) -> None:
+    """Compare the graph with the forward of a copy in evaluation mode that nothing has changed."""
+    plain: Any = _clone(model)
+    takes_positions = _takes_positions(model)
+
+    def forward(token_ids: torch.Tensor) -> torch.Tensor:
+        input_ids = token_ids.unsqueeze(0)
+        where = torch.arange(len(token_ids), device=token_ids.device).unsqueeze(0)
+        given = {"position_ids": where} if takes_positions else {}
+        mask = torch.ones_like(input_ids)
+        return plain(input_ids=input_ids, attention_mask=mask, use_cache=False, **given).logits[0]
+
+    num_tokens = _COMPARED_TOKENS
+    if writes_attention:  # beyond its windows
+        windows = [n.args[5] for n in captured.graph.nodes if n.target is _ATTENTION and n.args[5]]
+        num_tokens = max([2 * _COMPARED_TOKENS, *(window + 8 for window in windows)])
+    check_logits(model, captured, forward, num_tokens)
 
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _export(model: nn.Module) -> torch.export.ExportedProgram:
+def _clone(model: nn.Module) -> Any:
+    """The model's modules in evaluation mode, over the same parameters and buffers."""
     shared = {id(t): _exportable(t) for t in (*model.parameters(), *model.buffers())}
     try:
         clone: Any = copy.deepcopy(model, shared)
@@ -308,12 +373,31 @@ def _export(model: nn.Module) -> torch.export.ExportedProgram:
         for key, hook in list(module._forward_hooks.items()):
             if marks_gradients(hook):
                 del module._forward_hooks[key]
+    return clone
+
+
+def _set_attention(clone: Any) -> bool:
+    """Let a copy call fastgen's attention; if it calls its own code, let it ask for masks alone.
+
+    Returns: whether it calls fastgen's.
+    """
     clone.set_attn_implementation(ATTENTION_NAME)
-    if clone.config._attn_implementation != ATTENTION_NAME:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has attention code of its own that cannot be replaced"
-        )
+    if clone.config._attn_implementation == ATTENTION_NAME:
+        return True
+    # No public way: set_attn_implementation leaves classes alone that write their attention. The
+    # configurations are the copy's own.
+    for module in clone.modules():
+        if (config := getattr(module, "config", None)) is not None:
+            config._attn_implementation_internal = OWN_ATTENTION_NAME
+    return False
+
+
+def _export(
+    model: nn.Module, clone: nn.Module, writes_attention: bool
+) -> torch.export.ExportedProgram:
     num_tokens, num_rows = torch.export.Dim("num_tokens", min=2), torch.export.Dim.AUTO
+    if writes_attention:  # tables for masks end somewhere, until they have been replaced
+        num_tokens = torch.export.Dim.AUTO
     # More rows than one, other than tokens: sizes that are equal would be taken for the same.
     example = {
         "input_ids": torch.arange(8, device=_device(model)),
@@ -400,10 +484,12 @@ def _check_mutations(captured: CapturedGraph) -> None:
 def _resolve_masks(captured: CapturedGraph) -> None:
     """Turn the marker that reaches each attention into its window; refuse any other mask."""
     for node in captured.graph.nodes:
-        if node.target is not torch.ops.fastgen.attention.default:
+        if node.target is not _ATTENTION:
             continue
         marker, layer_idx, given = node.args[3], node.args[8], node.args[5]
-        if marker.target is not torch.ops.fastgen.mask_marker.default:
+        if marker is None:
+            continue  # proven to be causal, in own_attention.py
+        if marker.target is not _MARKER:
             raise UnsupportedModelError(
                 f"the mask of layer {layer_idx} is computed by the model ({marker.target})"
             )
@@ -415,17 +501,13 @@ def _resolve_masks(captured: CapturedGraph) -> None:
         node.args = (*node.args[:3], None, node.args[4], window, *node.args[6:])
     captured.graph.eliminate_dead_code()
     for node in captured.graph.nodes:
-        if node.target is torch.ops.fastgen.mask_marker.default:
+        if node.target is _MARKER:
             raise UnsupportedModelError(f"the mask is read by {[str(user) for user in node.users]}")
 
 
 def _check_layers(model: nn.Module, captured: CapturedGraph) -> None:
     """Every layer must have shown exactly one attention."""
-    found = Counter(
-        node.args[8]
-        for node in captured.graph.nodes
-        if node.target is torch.ops.fastgen.attention.default
-    )
+    found = Counter(node.args[8] for node in captured.graph.nodes if node.target is _ATTENTION)
     missing = [layer for layer in range(captured.num_layers) if found[layer] == 0]
     if missing or sum(found.values()) != captured.num_layers:
         twice = [layer for layer, count in found.items() if count > 1]
@@ -444,7 +526,7 @@ def _check_kept_tokens(model: Any, captured: CapturedGraph) -> None:
 
     cache = DynamicCache(config=model.config)
     for node in captured.graph.nodes:
-        if node.target is not torch.ops.fastgen.attention.default:
+        if node.target is not _ATTENTION:
             continue
         window, layer_idx = node.args[5], node.args[8]
         if layer_idx >= len(cache.layers):
