@@ -52,6 +52,7 @@ _NEEDED_ARGUMENTS = {"logits_to_keep": "would compute the logits of every token 
 
 # Where configurations say how long a sequence may get.
 _LENGTH_FIELDS = ("max_position_embeddings", "max_seq_len", "seq_length")
+_UNKNOWN_LENGTH = 2048  # of sequences over which masks are looked at, where none of them says it
 
 # Tokens of the two sequences for which a graph is compared with the model itself.
 _COMPARED_TOKENS = 5
@@ -184,6 +185,7 @@ class _PackedForward(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, logits_indices: torch.Tensor
     ) -> torch.Tensor:
+        torch._check(input_ids.shape[0] == positions.shape[0])
         input_ids = input_ids.unsqueeze(0)
         where = {"position_ids": positions.unsqueeze(0)} if self.takes_positions else {}
         # A padding mask keeps transformers from guessing packed sequences out of the positions.
@@ -327,7 +329,7 @@ def _replace_own_attention(model: nn.Module, captured: CapturedGraph) -> None:
             )
         return value
 
-    replace_own_attention(captured, value_of, longest_sequence(model) or 0)
+    replace_own_attention(captured, value_of, longest_sequence(model) or _UNKNOWN_LENGTH)
     if any(node.target is _MARKER for node in captured.graph.nodes):
         raise UnsupportedModelError(
             f"{type(model).__name__} has attention code of its own that cannot be replaced"
@@ -410,7 +412,7 @@ def _export(
         "logits_indices": {0: num_rows},
     }
     try:
-        return torch.export.export(
+        program = torch.export.export(
             _PackedForward(clone), (), example, dynamic_shapes=dynamic, strict=False
         )
     except UnsupportedModelError:
@@ -421,6 +423,25 @@ def _export(
             f"{type(model).__name__} cannot be traced into one graph: "
             f"{type(error).__name__}: {reason[0] if reason else ''}"
         ) from error
+    _check_every_length(model, program)
+    return program
+
+
+def _check_every_length(model: nn.Module, program: torch.export.ExportedProgram) -> None:
+    """Refuse a forward that takes another way for longer sequences than the one it was shown.
+
+    Tables that end where the longest sequence ends, or one token before, are no other way.
+    """
+    longest = longest_sequence(model) or _UNKNOWN_LENGTH
+    for node in program.graph_module.graph.find_nodes(op="placeholder"):
+        if node.name not in BATCH_INPUTS[:2]:
+            continue
+        values = program.range_constraints.get(node.meta["val"].shape[0].node.expr)
+        if values is not None and not (values.lower <= 2 and values.upper >= longest - 1):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} computes something else for sequences of fewer than "
+                f"{values.lower} or more than {values.upper} tokens"
+            )
 
 
 def _exportable(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -282,7 +283,7 @@ class _Call:
             if self.attention_mask.shape != self.input_ids.shape:
                 raise TransformersLoop("attention_mask and input_ids differ in shape")
             masks = self.attention_mask.tolist()
-        positions = self._positions(rows)
+        positions = self._positions(rows, masks)
         counts = any(layer.counts_places for layer in self.engine.compiled.spec.layers)
         requests = []
         for row, mask, places in zip(rows, masks, positions, strict=True):
@@ -308,9 +309,11 @@ class _Call:
             requests.append(request)
         return requests
 
-    def _positions(self, rows: list[list[int]]) -> list[list[int]]:
-        if self.position_ids is None:
-            raise TransformersLoop("transformers has prepared no position_ids")
+    def _positions(self, rows: list[list[int]], masks: list[list[int]]) -> list[list[int]]:
+        if self.position_ids is None:  # the model takes none: it numbers a row's tokens itself
+            if not all(mask[-1] for mask in masks):
+                raise TransformersLoop("the model takes no position_ids, and a last slot is masked")
+            return [[max(0, seen - 1) for seen in itertools.accumulate(mask)] for mask in masks]
         positions = self.position_ids.expand(len(rows), -1)
         if positions.shape != self.input_ids.shape:
             raise TransformersLoop("position_ids and input_ids differ in shape")

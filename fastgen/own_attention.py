@@ -205,10 +205,9 @@ class _Attention:
 
     def _check_shapes(self) -> None:
         shapes = [node.meta["val"].shape for node in (self.query, self.key_t, self.value)]
-        if len({len(shape) for shape in shapes}) > 1 or len(shapes[0]) not in (3, 4):
-            raise _NoAttention(f"products of {[len(shape) for shape in shapes]} dimensions")
-        if len(shapes[0]) == 4 and any(shape[0] != 1 for shape in shapes):
-            raise _NoAttention("a batch of several sequences")
+        for shape in shapes:  # [heads, rows, columns], perhaps with a batch of one
+            if len(shape) not in (3, 4) or len(shape) == 4 and shape[0] != 1:
+                raise _NoAttention(f"a product of {list(shape)}, not of one sequence's heads")
         heads = [shape[-3] for shape in shapes]
         if not all(isinstance(number, int) for number in heads) or heads[1] != heads[2]:
             raise _NoAttention(f"{heads} heads of queries, keys and values")
@@ -380,9 +379,10 @@ class _Attention:
         if found.slopes is not None:
             slopes = (0, self._add_constant(f"alibi_slopes_{layer_idx}", found.slopes))
         with graph.inserting_before(product):
-            flat = [self.query, self.key_t, self.value]
-            if self.query.meta["val"].dim() == 4:
-                flat = [call(aten.select.int, node, 0, 0) for node in flat]
+            flat = [
+                call(aten.select.int, node, 0, 0) if node.meta["val"].dim() == 4 else node
+                for node in (self.query, self.key_t, self.value)
+            ]
             dtype = self.value.meta["val"].dtype
             flat = [
                 node if node.meta["val"].dtype == dtype else call(aten.to.dtype, node, dtype)
