@@ -30,7 +30,7 @@ from .packing_check import check_logits, check_packing, tensor_of
 from .passes import BATCH_INPUTS, CapturedGraph, InputSpec
 
 ATTENTION_NAME = "fastgen"
-# For models with attention code of their own: only a mask function bears this name.
+# For models with attention code of their own, which look up nothing but the mask function.
 OWN_ATTENTION_NAME = "fastgen_own"
 
 # Passed through to attention by the models, and without effect on a forward without a cache:
@@ -120,6 +120,12 @@ def _mask_forward(
     **kwargs: Any,
 ) -> torch.Tensor:
     """What transformers calls to make a mask while a graph is captured."""
+    from transformers import masking_utils
+
+    if mask_function is masking_utils.bidirectional_mask_function:
+        # Decoders without an encoder ask for the encoder's mask, too, and leave it.
+        tokens = torch.ones((batch_size, kv_length), dtype=torch.bool, device=kwargs.get("device"))
+        return mask_marker(tokens, "bidirectional", 0)
     window = _causal_window(mask_function)
     if window is None:
         raise UnsupportedModelError(
@@ -169,7 +175,8 @@ def _register() -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    AttentionInterface.register(ATTENTION_NAME, _attention_forward)
+    for name in (ATTENTION_NAME, OWN_ATTENTION_NAME):  # of a composite, some parts may ask for it
+        AttentionInterface.register(name, _attention_forward)
     AttentionMaskInterface.register(ATTENTION_NAME, _mask_forward)
     AttentionMaskInterface.register(OWN_ATTENTION_NAME, _own_mask_forward)
 
@@ -510,11 +517,15 @@ def _resolve_masks(captured: CapturedGraph) -> None:
         marker, layer_idx, given = node.args[3], node.args[8], node.args[5]
         if marker is None:
             continue  # proven to be causal, in own_attention.py
+        if marker.target is torch.ops.aten.where.ScalarOther:  # of _own_mask_forward
+            marker = marker.args[0]
         if marker.target is not _MARKER:
             raise UnsupportedModelError(
                 f"the mask of layer {layer_idx} is computed by the model ({marker.target})"
             )
-        window = marker.args[2]
+        kind, window = marker.args[1:]
+        if kind != "causal":
+            raise UnsupportedModelError(f"the mask of layer {layer_idx} is {kind}, not causal")
         if given and given != window:
             raise UnsupportedModelError(
                 f"layer {layer_idx} has sliding_window={given} and a mask with window {window}"

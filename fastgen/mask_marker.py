@@ -10,7 +10,8 @@ def mask_marker(padding_mask: torch.Tensor, kind: str, window: int) -> torch.Ten
     """Stands for a mask in a captured graph; resolved before the graph can run.
 
     Args:
-        padding_mask: [1, num_tokens] bool. kind: "causal". window: Keys seen by a query, 0: all.
+        padding_mask: [1, num_tokens] bool. kind: "causal" or "bidirectional".
+        window: Keys seen by a query, 0: all.
     Raises: RuntimeError if it is ever run.
     """
     raise RuntimeError("a mask marker was left in a graph that runs")

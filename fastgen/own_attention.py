@@ -41,7 +41,7 @@ _BETWEEN = {
 _AFTER = {"to", "_to_copy", "type_as", "view", "reshape", "contiguous", "clone", "dropout", "alias"}
 # Ops that read no more of a tensor than its shape, type and place.
 _SHAPE_READERS = {"ones_like", "zeros_like", "full_like", "new_ones", "new_zeros", "new_full"}
-_SHAPE_READERS |= {"new_empty", "empty_like", "sym_size", "_assert_tensor_metadata"}
+_SHAPE_READERS |= {"new_empty", "empty_like", "sym_size"}
 
 # A score below this is hidden: its weight is zero in every dtype, next to that of the query itself.
 _HIDDEN = -5000.0
@@ -74,6 +74,9 @@ def replace_own_attention(
         max_length: Tokens of the longest sequence, over which masks from buffers are compared.
     Raises: UnsupportedModelError, naming the layer and what was found instead.
     """
+    for node in reversed(captured.graph.nodes):
+        if _name(node) == "_assert_tensor_metadata":  # it would keep masks alive
+            captured.graph.erase_node(node)
     data = _data_dependent(captured)
     num_tokens = captured.placeholder("batch", "input_ids").meta["val"].shape[0]
     layer_idx = 0
@@ -206,7 +209,7 @@ class _Attention:
     def _check_shapes(self) -> None:
         shapes = [node.meta["val"].shape for node in (self.query, self.key_t, self.value)]
         for shape in shapes:  # [heads, rows, columns], perhaps with a batch of one
-            if len(shape) not in (3, 4) or len(shape) == 4 and shape[0] != 1:
+            if len(shape) not in (3, 4) or (len(shape) == 4 and shape[0] != 1):
                 raise _NoAttention(f"a product of {list(shape)}, not of one sequence's heads")
         heads = [shape[-3] for shape in shapes]
         if not all(isinstance(number, int) for number in heads) or heads[1] != heads[2]:
@@ -236,6 +239,8 @@ class _Attention:
         markers = [node for node in sources if node.target is _MARKER]
         if len(markers) > 1:
             raise _NoAttention("several masks are added up")
+        if any(marker.args[1] != "causal" for marker in markers):
+            raise _NoAttention(f"its mask is {markers[0].args[1]}")
         marked = markers[0].args[2] if markers else 0
         generator = torch.Generator().manual_seed(0)
         scores = 10 * torch.randn(
@@ -401,9 +406,8 @@ class _Attention:
             new = call(aten.contiguous.default, new)  # what reads it may take it as a matrix
         product.replace_all_uses_with(new)
         for node in (*reversed(self.after), *reversed(self.between)):
-            for reader in [user for user in node.users if _name(user) in _SHAPE_READERS]:
-                if not reader.users:
-                    graph.erase_node(reader)
+            for reader in [user for user in node.users if not user.users]:
+                graph.erase_node(reader)
             if node.users:
                 raise _NoAttention(f"{node.name} is read by {[str(user) for user in node.users]}")
             graph.erase_node(node)
