@@ -26,7 +26,7 @@ from .errors import UnsupportedModelError
 from .fingerprint import hooked_modules, marks_gradients, places_inputs
 from .mask_marker import mask_marker
 from .own_attention import number_by_position, replace_own_attention
-from .packing_check import check_logits, check_packing, tensor_of
+from .packing_check import check_logits, check_packing, check_width, tensor_of
 from .passes import BATCH_INPUTS, CapturedGraph, InputSpec
 
 ATTENTION_NAME = "fastgen"
@@ -319,6 +319,8 @@ def capture(model: Any, *, shapes_only: bool = False) -> CapturedGraph:
         _resolve_masks(captured)
         _check_layers(model, captured)
         _check_kept_tokens(model, captured)
+        if writes_attention:
+            check_width(model, captured, 2 * (longest_sequence(model) or _UNKNOWN_LENGTH))
         if not shapes_only:
             captured.keeps_sequences_apart = check_packing(model, captured)
             _check_logits(model, captured, writes_attention)
@@ -390,7 +392,8 @@ def _set_attention(clone: Any) -> bool:
 
     Returns: whether it calls fastgen's.
     """
-    clone.set_attn_implementation(ATTENTION_NAME)
+    if clone._can_set_attn_implementation():  # asked first: it would warn
+        clone.set_attn_implementation(ATTENTION_NAME)
     if clone.config._attn_implementation == ATTENTION_NAME:
         return True
     # No public way: set_attn_implementation leaves classes alone that write their attention. The

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses import FakeTensorMode
 
 from .errors import UnsupportedModelError
 from .passes import CapturedGraph, InputSpec
@@ -95,6 +96,29 @@ def check_logits(
             f"differ by {difference:.2g} after {num_tokens} tokens, rounding by less than "
             f"{tolerance:.2g}"
         )
+
+
+def check_width(model: nn.Module, captured: CapturedGraph, num_tokens: int) -> None:
+    """See that the graph takes calls of so many tokens: shapes alone are computed.
+
+    Raises: UnsupportedModelError if some shape does not fit: a table of the model is too short.
+    """
+    device = next(model.parameters()).device
+    rows = torch.zeros(num_tokens, dtype=torch.int64, device=device)
+    with FakeTensorMode() as mode:
+        values = [
+            mode.from_tensor(rows, static_shapes=True)
+            if spec.kind == "batch"
+            else mode.from_tensor(tensor_of(model, captured, spec), static_shapes=True)
+            for spec in captured.inputs.values()
+        ]
+        try:
+            fx.Interpreter(captured.module).run(*values)
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} takes no more tokens in a call than its tables have: "
+                f"{str(error).splitlines()[0]}"
+            ) from None
 
 
 def _compare(first: torch.Tensor, second: torch.Tensor) -> tuple[float, float]:
