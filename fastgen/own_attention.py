@@ -25,6 +25,7 @@ from .errors import UnsupportedModelError
 from .mask_marker import mask_marker  # noqa: F401 (registers the op)
 from .passes import CapturedGraph, InputSpec
 from .passes.graph import fake_mode_of
+from .passes.pattern import value_of
 
 aten = torch.ops.aten
 _MARKER = torch.ops.fastgen.mask_marker.default
@@ -207,7 +208,7 @@ class _Attention:
             _check_no_dropout(node)
 
     def _check_shapes(self) -> None:
-        shapes = [node.meta["val"].shape for node in (self.query, self.key_t, self.value)]
+        shapes = [value_of(node).shape for node in (self.query, self.key_t, self.value)]
         for shape in shapes:  # [heads, rows, columns], perhaps with a batch of one
             if len(shape) not in (3, 4) or (len(shape) == 4 and shape[0] != 1):
                 raise _NoAttention(f"a product of {list(shape)}, not of one sequence's heads")
@@ -225,9 +226,9 @@ class _Attention:
 
     def _check_dtypes(self) -> None:
         """Queries and keys may be cast up before the product: the op computes in fp32 anyway."""
-        dtype = self.value.meta["val"].dtype
+        dtype = value_of(self.value).dtype
         for name, node in (("queries", self.query), ("keys", self.key_t)):
-            own = node.meta["val"].dtype
+            own = value_of(node).dtype
             if own != dtype and not _is_upcast(node, dtype):
                 raise _NoAttention(f"{name} are {own}, values {dtype}")
 
@@ -385,12 +386,12 @@ class _Attention:
             slopes = (0, self._add_constant(f"alibi_slopes_{layer_idx}", found.slopes))
         with graph.inserting_before(product):
             flat = [
-                call(aten.select.int, node, 0, 0) if node.meta["val"].dim() == 4 else node
+                call(aten.select.int, node, 0, 0) if value_of(node).dim() == 4 else node
                 for node in (self.query, self.key_t, self.value)
             ]
-            dtype = self.value.meta["val"].dtype
+            dtype = value_of(self.value).dtype
             flat = [
-                node if node.meta["val"].dtype == dtype else call(aten.to.dtype, node, dtype)
+                node if value_of(node).dtype == dtype else call(aten.to.dtype, node, dtype)
                 for node in flat
             ]
             query = call(aten.transpose.int, flat[0], 0, 1)  # [tokens, heads, head_dim]
@@ -413,7 +414,7 @@ class _Attention:
             graph.erase_node(node)
 
     def _add_constant(self, name: str, value: torch.Tensor) -> fx.Node:
-        device = self.query.meta["val"].device
+        device = value_of(self.query).device
         self.captured.constants[name] = value.to(device)
         fake_mode = fake_mode_of(self.captured.placeholders())
         with fake_mode:
