@@ -217,13 +217,6 @@ def refused_hybrid(patch):
     return transformers.Lfm2ForCausalLM(config)
 
 
-def refused_falcon(patch):
-    config = transformers.FalconConfig(
-        vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4
-    )
-    return transformers.FalconForCausalLM(config)
-
-
 def refused_encoder_decoder(patch):
     config = transformers.T5Config(
         vocab_size=128, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2
@@ -253,15 +246,23 @@ def refused_model_without_head(patch):
 
 
 def refused_own_attention(patch):
-    config = transformers.GPTJConfig(
-        vocab_size=128, n_embd=64, n_layer=2, n_head=4, rotary_dim=8, n_positions=64
+    """Its ALiBi is rounded to bf16, whatever the model's dtype."""
+    config = transformers.FalconConfig(
+        vocab_size=128,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        multi_query=False,
+        alibi=True,
     )
-    return transformers.GPTJForCausalLM(config)
+    return transformers.FalconForCausalLM(config)
 
 
-def refused_no_position_ids(patch):
-    config = transformers.BloomConfig(vocab_size=128, hidden_size=64, n_layer=2, n_head=4)
-    return transformers.BloomForCausalLM(config)
+def refused_no_logits_to_keep(patch):
+    config = transformers.TrOCRConfig(
+        vocab_size=128, d_model=64, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=64
+    )
+    return transformers.TrOCRForCausalLM(config)
 
 
 def refused_meta_device(patch):
@@ -301,7 +302,7 @@ def refused_capture_attention(patch):
 
 REASONS = {
     refused_causal_flag: r"layer 1: is_causal=False",
-    refused_bidirectional_config: r"mask function bidirectional_mask_function",
+    refused_bidirectional_config: r"is_causal=False",
     refused_kwarg: r"layer 0: position_bias=1 is not understood",
     refused_tensor_kwarg: r"layer 0: alibi_slopes=.* is not understood",
     refused_false_kwarg: r"layer 0: causal=False is not understood",
@@ -323,13 +324,12 @@ REASONS = {
     refused_window_of_the_cache_alone: r"layer 0 has a mask with window 0, .*cache keeps 12 tokens",
     refused_recurrent: r"Mamba.* kind that is not understood: linear_attention \(layers \[0, 1\]\)",
     refused_hybrid: r"Lfm2.* kind that is not understood: conv \(layers \[0\]\)",
-    refused_falcon: r"FalconForCausalLM has attention code of its own",
     refused_encoder_decoder: r"T5ForConditionalGeneration is an encoder-decoder",
     refused_encoder: r"BertForMaskedLM has no language modelling head",
-    refused_encoder_with_lm_head: r"mask function bidirectional_mask_function",
+    refused_encoder_with_lm_head: r"is_causal=False",
     refused_model_without_head: r"LlamaModel has no language modelling head",
-    refused_own_attention: r"GPTJForCausalLM has attention code of its own",
-    refused_no_position_ids: r"BloomForCausalLM.forward takes no position_ids",
+    refused_own_attention: r"attention of layer 0, which .* its bias is rounded",
+    refused_no_logits_to_keep: r"TrOCRForCausalLM.forward takes no logits_to_keep",
     refused_meta_device: r"21 parameters on the meta device",
     refused_partly_on_meta: r"3 parameters on the meta device",
     refused_forward_hook: r"forward hooks or replaced forwards on model.layers.0.mlp",

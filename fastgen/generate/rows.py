@@ -99,8 +99,11 @@ def columns(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tor
     """Positions for a model that takes none and numbers its tokens: those of each row alone.
 
     In its own left-padded batches transformers counts the padding with them.
+    Raises: TransformersLoop if a last slot is masked: what it would be asked for is not known.
     """
     places = torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
     if attention_mask is None or attention_mask.shape != input_ids.shape:
         return places
+    if not attention_mask[:, -1].all():
+        raise TransformersLoop("the model takes no position_ids, and a last slot is masked")
     return places - attention_mask.ne(0).int().argmax(dim=1, keepdim=True)
