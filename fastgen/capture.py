@@ -34,6 +34,7 @@ _IGNORED_KWARGS = {
     "use_cache",
     "output_attentions",
     "output_router_logits",
+    "logits_to_keep",
 }
 
 # Kinds of layers, by the names that configurations give them, that attend to all earlier tokens or
@@ -179,9 +180,6 @@ class _PackedForward(nn.Module):
         self.model = model
         self.takes_positions = takes_positions(model)
         self.selects_rows = _selects_rows(model)
-        if not self.selects_rows:  # its head then gets no more than the rows
-            head: Any = model.get_output_embeddings()  # pyright: ignore
-            head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, self.rows],))
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, logits_indices: torch.Tensor
@@ -192,7 +190,9 @@ class _PackedForward(nn.Module):
             arguments["position_ids"] = positions.unsqueeze(0)
         if self.selects_rows:
             arguments["logits_to_keep"] = logits_indices
-        self.rows = logits_indices
+        else:  # its head gets no more than these rows
+            head: Any = self.model.get_output_embeddings()  # pyright: ignore
+            head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, logits_indices],))
         # A padding mask keeps transformers from guessing packed sequences out of the positions.
         output = self.model(
             input_ids=input_ids,
