@@ -55,11 +55,13 @@ class Explanation:
     def __str__(self) -> str:
         layer = self.spec.layers[0]
         dtype = str(layer.dtype).removeprefix("torch.")
+        kept = f"{layer.num_kv_heads} KV heads x {layer.head_dim}"
+        if layer.kind == "latent":
+            kept = f"a latent of {layer.head_dim} and a key of {layer.v_head_dim} for all heads"
         lines = [
             f"{self.model} on {self.device}, one graph of {len(self.spec.layers)} attention layers",
-            f"  KV cache      {self.spec.bytes_per_token} bytes per token ({dtype}, "
-            f"{layer.num_kv_heads} KV heads x {layer.head_dim}), blocks of "
-            f"{self.config.block_size}; sequences of up to {self.max_model_len} tokens",
+            f"  KV cache      {self.spec.bytes_per_token} bytes per token ({dtype}, {kept}), "
+            f"blocks of {self.config.block_size}; sequences of up to {self.max_model_len} tokens",
         ]
         for item in self.report.passes:
             lines.append(f"  pass          {item.name}: {item.matches} ({item.status})")

@@ -229,6 +229,34 @@ def test_each_name_does_what_its_row_says(pair, row):
         assert issubclass(expected[0], Exception)
 
 
+PROCESSORS = [row for row in INSTALLED if "processor" in row.note]
+
+
+@pytest.mark.parametrize("row", PROCESSORS, ids=lambda row: row.name)
+def test_scores_and_logits_of_each_processor(pair, row):
+    """What is ruled out is ruled out, and the rest differs by fp32 rounding of the logits."""
+    case = FIELD_CASES[row.name]
+    given = dict(case(pair) if callable(case) else case)
+    given = {"inputs": IDS, "max_new_tokens": 12, "do_sample": False, **given}
+    outputs = []
+    for model in pair:
+        torch.manual_seed(3)
+        outputs.append(
+            model.generate(
+                **given, return_dict_in_generate=True, output_scores=True, output_logits=True
+            )
+        )
+    expected, got = outputs
+    assert torch.equal(got.sequences, expected.sequences)
+    for kind in ("logits", "scores"):
+        ours, theirs = torch.cat(got[kind]), torch.cat(expected[kind])
+        finite = theirs.isfinite()
+        assert torch.equal(ours.isfinite(), finite)
+        assert torch.equal(ours[~finite], theirs[~finite])
+        bound = 64 * torch.finfo(torch.float32).eps * theirs[finite].abs().max()
+        assert (ours[finite] - theirs[finite]).abs().max() <= bound
+
+
 @pytest.mark.parametrize("row", INSTALLED, ids=lambda row: row.name)
 def test_a_field_at_rest_is_native(pair, row):
     for value in row.off:

@@ -18,6 +18,7 @@ from ..engine.engine import EngineCore
 from ..errors import CapacityError, UnsupportedModelError
 from .free_running import may_run_free, run_free
 from .prepared import PreparedCall, TransformersLoop
+from .returned_cache import check_kinds
 from .rows import columns, requests_of
 from .sample_loop import run_sample_loop
 from .stop_strings import take_stop_strings, with_stop_strings
@@ -95,6 +96,8 @@ def _generate_native(
         position_ids = model_kwargs.get("position_ids")
         if position_ids is None and not takes_positions(model):
             position_ids = columns(input_ids, attention_mask)
+        if generation_config.return_dict_in_generate and "past_key_values" in model_kwargs:
+            check_kinds(model, engine)
         return _decode(
             PreparedCall(
                 engine,
