@@ -310,9 +310,16 @@ def refused_own_attention(patch):
     return transformers.GPTJForCausalLM(config)
 
 
-def refused_no_position_ids(patch):
-    config = transformers.BloomConfig(vocab_size=128, hidden_size=64, n_layer=2, n_head=4)
-    return transformers.BloomForCausalLM(config)
+def refused_many_heads(patch):
+    config = transformers.MusicgenDecoderConfig(
+        vocab_size=128,
+        hidden_size=64,
+        ffn_dim=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_codebooks=2,
+    )
+    return transformers.MusicgenForCausalLM(config)
 
 
 def refused_meta_device(patch):
@@ -385,7 +392,7 @@ REASONS = {
     refused_encoder_with_lm_head: r"mask function bidirectional_mask_function",
     refused_model_without_head: r"LlamaModel has no language modelling head",
     refused_own_attention: r"GPTJForCausalLM has attention code of its own",
-    refused_no_position_ids: r"BloomForCausalLM.forward takes no position_ids",
+    refused_many_heads: r"MusicgenForCausalLM.forward takes no logits_to_keep and has no single",
     refused_meta_device: r"21 parameters on the meta device",
     refused_partly_on_meta: r"3 parameters on the meta device",
     refused_forward_hook: r"forward hooks or replaced forwards on model.layers.0.mlp",
