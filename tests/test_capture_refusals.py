@@ -359,7 +359,7 @@ def refused_capture_attention(patch):
 
 REASONS = {
     refused_causal_flag: r"layer 1: is_causal=False",
-    refused_bidirectional_config: r"mask function bidirectional_mask_function",
+    refused_bidirectional_config: r"layer 0: is_causal=False",
     refused_kwarg: r"layer 0: position_bias=1 is not understood",
     refused_tensor_kwarg: r"layer 0: alibi_slopes=.* is not understood",
     refused_false_kwarg: r"layer 0: causal=False is not understood",
@@ -389,7 +389,7 @@ REASONS = {
     refused_falcon: r"FalconForCausalLM has attention code of its own",
     refused_encoder_decoder: r"T5ForConditionalGeneration is an encoder-decoder",
     refused_encoder: r"BertForMaskedLM has no language modelling head",
-    refused_encoder_with_lm_head: r"mask function bidirectional_mask_function",
+    refused_encoder_with_lm_head: r"layer 0: is_causal=False",
     refused_model_without_head: r"LlamaModel has no language modelling head",
     refused_own_attention: r"GPTJForCausalLM has attention code of its own",
     refused_many_heads: r"MusicgenForCausalLM.forward takes no logits_to_keep and has no single",
