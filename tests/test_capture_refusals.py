@@ -258,11 +258,16 @@ def refused_own_attention(patch):
     return transformers.FalconForCausalLM(config)
 
 
-def refused_no_logits_to_keep(patch):
-    config = transformers.TrOCRConfig(
-        vocab_size=128, d_model=64, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=64
+def refused_many_heads(patch):
+    config = transformers.MusicgenDecoderConfig(
+        vocab_size=128,
+        hidden_size=64,
+        ffn_dim=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_codebooks=2,
     )
-    return transformers.TrOCRForCausalLM(config)
+    return transformers.MusicgenForCausalLM(config)
 
 
 def refused_meta_device(patch):
@@ -302,7 +307,7 @@ def refused_capture_attention(patch):
 
 REASONS = {
     refused_causal_flag: r"layer 1: is_causal=False",
-    refused_bidirectional_config: r"is_causal=False",
+    refused_bidirectional_config: r"layer 0: is_causal=False",
     refused_kwarg: r"layer 0: position_bias=1 is not understood",
     refused_tensor_kwarg: r"layer 0: alibi_slopes=.* is not understood",
     refused_false_kwarg: r"layer 0: causal=False is not understood",
@@ -326,10 +331,10 @@ REASONS = {
     refused_hybrid: r"Lfm2.* kind that is not understood: conv \(layers \[0\]\)",
     refused_encoder_decoder: r"T5ForConditionalGeneration is an encoder-decoder",
     refused_encoder: r"BertForMaskedLM has no language modelling head",
-    refused_encoder_with_lm_head: r"is_causal=False",
+    refused_encoder_with_lm_head: r"layer 0: is_causal=False",
     refused_model_without_head: r"LlamaModel has no language modelling head",
-    refused_own_attention: r"attention of layer 0, which .* its bias is rounded",
-    refused_no_logits_to_keep: r"TrOCRForCausalLM.forward takes no logits_to_keep",
+    refused_own_attention: r"GPTJForCausalLM has attention code of its own",
+    refused_many_heads: r"MusicgenForCausalLM.forward takes no logits_to_keep and has no single",
     refused_meta_device: r"21 parameters on the meta device",
     refused_partly_on_meta: r"3 parameters on the meta device",
     refused_forward_hook: r"forward hooks or replaced forwards on model.layers.0.mlp",

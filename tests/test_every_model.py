@@ -16,6 +16,8 @@ from every_model.building import SPECIAL, TYPES
 from every_model.classify import EXACT, LOOP, UNBUILDABLE, UNPROVEN, WRONG, Verdict
 from every_model.table import markdown, types_listed
 
+from fastgen.generate.prepared import TransformersLoop
+
 ROOT = Path(__file__).parents[1]
 TABLE = (ROOT / "MODELS.md").read_text()
 # What the table says of a few that are quick: each class, and models that number their tokens.
@@ -107,9 +109,9 @@ def test_other_logits_are_wrong(monkeypatch):
 
 def test_transformers_loop_is_no_native_answer(monkeypatch):
     def refuses(*_):
-        raise classify.fastgen.generate.prepared.TransformersLoop("asked for by the test")
+        raise TransformersLoop("asked for by the test")
 
-    monkeypatch.setattr("fastgen.generate.patch.requests_of", refuses)
+    monkeypatch.setattr(sys.modules["fastgen.generate.patch"], "requests_of", refuses)
     verdict = classify.classify("llama")
     assert verdict.outcome == WRONG
     assert "transformers' loop ran" in verdict.reason

@@ -8,7 +8,9 @@ the mask function, and are given the same marker as a mask of numbers, as they e
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -30,7 +32,11 @@ _IGNORED_KWARGS = {
     "output_attentions",
     "output_hidden_states",
     "output_router_logits",
+    "logits_to_keep",
 }
+
+# What the attention that the captured model would use without fastgen does not look at.
+_lost: ContextVar[frozenset[str]] = ContextVar("lost", default=frozenset())
 
 
 def _attention_forward(
@@ -64,6 +70,8 @@ def _attention_forward(
         raise UnsupportedModelError(f"{where}: layer_idx={layer_idx!r}, an int is needed")
     if attention_mask is None:
         raise UnsupportedModelError(f"{where}: no mask was made, so that causality is not known")
+    softcap = None if "softcap" in _lost.get() else softcap
+    s_aux = None if "s_aux" in _lost.get() else s_aux
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = torch.ops.fastgen.attention(
         query[0].transpose(0, 1),
@@ -77,6 +85,24 @@ def _attention_forward(
         layer_idx,
     )
     return output.unsqueeze(0), None
+
+
+def _lost_arguments(own: str) -> frozenset[str]:
+    """What transformers' own attention of a model takes and does not look at, by trying it.
+
+    Its sdpa drops what it does not know: soft capping, in releases that let Gemma 2 use it.
+    """
+    from transformers import AttentionInterface
+
+    if own != "sdpa":
+        return frozenset()
+    sdpa, one, lost = AttentionInterface()["sdpa"], torch.ones(1, 1, 1, 1), set()
+    for name, value in (("softcap", 1.0), ("s_aux", torch.zeros(1))):
+        if name not in inspect.signature(sdpa).parameters:
+            with contextlib.suppress(ValueError):  # newer ones say that they cannot
+                sdpa(nn.Module(), one, one, one, None, **{name: value})
+                lost.add(name)
+    return frozenset(lost)
 
 
 def _mask_forward(
@@ -161,7 +187,9 @@ def set_attention(clone: Any) -> bool:
 
     Returns: whether it calls fastgen's.
     """
-    if clone.config._attn_implementation == "eager":  # which looks at masks, not at flags
+    own = clone.config.get_text_config()._attn_implementation
+    _lost.set(_lost_arguments(own))
+    if own == "eager":  # which looks at masks, not at flags
         for module in clone.modules():
             if getattr(module, "is_causal", None) is False:
                 module.is_causal = True
