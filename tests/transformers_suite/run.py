@@ -1,0 +1,170 @@
+"""Run transformers' own generation tests with every model optimised by fastgen first.
+
+    python tests/transformers_suite/run.py /path/to/a/checkout/of/transformers
+
+Each test file runs without fastgen (the baseline) and with it, in processes of their own. A test
+that passes in the baseline is counted as native, transformers' loop, without generate(), or failed.
+Writes results.json and results.md; the exit code is 1 if a test fails with fastgen only. The tests
+need what the checkout's tests need (`parameterized`, `httpx`, ...), and run offline unless
+HF_HUB_OFFLINE=0. A run that was interrupted goes on where it was, if it is given the same --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from comparison import Comparison, compare, markdown, results
+from suite_plugin import read_lines
+
+HERE = Path(__file__).parent
+MODES = ("baseline", "fastgen")
+GENERATION = (
+    "tests/generation/test_utils.py",
+    "tests/generation/test_logits_process.py",
+    "tests/generation/test_stopping_criteria.py",
+    "tests/generation/test_streamers.py",
+    "tests/generation/test_candidate_generator.py",
+    "tests/generation/test_configuration_utils.py",
+    "tests/pipelines/test_pipelines_text_generation.py",
+)
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    checkout, out = arguments.checkout.resolve(), arguments.out.resolve()
+    files = chosen_files(checkout, arguments.families, arguments.generation)
+    out.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        compared = pool.map(lambda f: compare_file(checkout, f, out, arguments.timeout), files)
+        comparisons: dict[str, Comparison] = {}
+        for file, comparison in zip(files, compared, strict=True):
+            comparisons[Path(file).stem.removeprefix("test_modeling_")] = comparison
+            print(f"{file}: {summary(comparison)}", flush=True)
+            write_results(checkout, comparisons, out)
+    print((out / "results.md").read_text())
+    return 1 if any(comparison.failures for comparison in comparisons.values()) else 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("checkout", type=Path, help="has tests/ and conftest.py of transformers")
+    parser.add_argument(
+        "--families",
+        nargs="*",
+        help='folders of tests/models, or "all"; default: the families of tests/tiny_models.py',
+    )
+    parser.add_argument(
+        "--no-generation",
+        dest="generation",
+        action="store_false",
+        help="leave out the tests that are not about one family",
+    )
+    parser.add_argument("--out", type=Path, default=Path("transformers-suite"), help="for results")
+    parser.add_argument("--jobs", type=int, default=1, help="test files at the same time")
+    parser.add_argument("--timeout", type=int, default=1200, help="seconds for a file in a mode")
+    return parser.parse_args()
+
+
+def chosen_files(checkout: Path, families: list[str] | None, generation: bool) -> list[str]:
+    """Paths of test files in the checkout."""
+    if families is None:
+        sys.path.insert(0, str(HERE.parent))
+        from tiny_models import FAMILIES
+
+        families = [family.removesuffix("_text") for family in FAMILIES]
+    if families == ["all"]:
+        found = sorted(checkout.glob("tests/models/*/test_modeling_*.py"))
+        files = [str(path.relative_to(checkout)) for path in found]
+    else:
+        files = [f"tests/models/{name}/test_modeling_{name}.py" for name in families]
+    if generation:
+        files = [*GENERATION, *files]
+    if missing := [file for file in files if not (checkout / file).exists()]:
+        raise SystemExit(f"{checkout} must be a checkout of transformers; it has no {missing}")
+    return files
+
+
+def compare_file(checkout: Path, file: str, out: Path, timeout: int) -> Comparison:
+    """Run one test file in both modes."""
+    found: dict[str, dict[str, Any]] = {}
+    for mode in MODES:
+        record = out / f"{file.replace('/', '.')}.{mode}.jsonl"
+        how_it_ended = run_file(checkout, file, mode, record, timeout)
+        found[mode] = results(read_lines(record), how_it_ended)
+    return compare(found["baseline"], found["fastgen"])
+
+
+def run_file(checkout: Path, file: str, mode: str, record: Path, timeout: int) -> str:
+    """Run until every test was begun; how the process ended that the last test took with it."""
+    how_it_ended = ""
+    while True:
+        num_before = len(read_lines(record))
+        ended = run_pytest(checkout, file, mode, record, timeout)
+        lines = read_lines(record)
+        if not lines or lines[-1]["event"] == "ends" or len(lines) == num_before:
+            return how_it_ended or ended
+        how_it_ended = ended
+
+
+def run_pytest(checkout: Path, file: str, mode: str, record: Path, timeout: int) -> str:
+    """One process, which continues the record; how it ended."""
+    paths = [str(HERE), os.environ.get("PYTHONPATH", "")]
+    environment = {"HF_HUB_OFFLINE": "1", **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-m", "pytest", file, "-q", "-p", "suite_plugin"]
+    command += ["-p", "no:cacheprovider", f"--suite-mode={mode}", f"--suite-record={record}"]
+    with record.with_suffix(".log").open("a") as log:
+        try:
+            done = subprocess.run(
+                command,
+                cwd=checkout,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                timeout=timeout,
+            )
+        except subprocess.TimeoutExpired:
+            return f"the process did not end in {timeout} s"
+    return f"the process ended with exit code {done.returncode}"
+
+
+def summary(comparison: Comparison) -> str:
+    kinds = ("native", "loop", "no generate", "failed")
+    counts = ", ".join(f"{comparison.count(kind)} {kind}" for kind in kinds)
+    return f"{comparison.outcomes['passed']} pass without fastgen; with it {counts}"
+
+
+def versions(checkout: Path) -> dict[str, str]:
+    import torch
+    import transformers
+
+    import fastgen
+
+    return {
+        "fastgen": fastgen.__version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "Python": sys.version.split()[0],
+        "checkout": checkout.name,
+    }
+
+
+def write_results(checkout: Path, comparisons: dict[str, Comparison], out: Path) -> None:
+    with_versions = versions(checkout)
+    (out / "results.md").write_text(markdown(with_versions, comparisons))
+    data = {name: vars(comparison) for name, comparison in comparisons.items()}
+    (out / "results.json").write_text(
+        json.dumps({"versions": with_versions, "files": data}, indent=1) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
