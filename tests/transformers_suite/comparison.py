@@ -20,12 +20,14 @@ class Comparison:
         failures: Why, for each that failed.
         reasons: How many tests ran transformers' loop for a reason.
         outcomes: How many tests passed, failed and were skipped without fastgen.
+        not_run: Why there are no tests, although there is a file.
     """
 
     kinds: dict[str, str] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     reasons: Counter[str] = field(default_factory=Counter)
     outcomes: Counter[str] = field(default_factory=Counter)
+    not_run: str = ""
 
     def count(self, kind: str) -> int:
         return list(self.kinds.values()).count(kind)
@@ -92,6 +94,9 @@ def markdown(versions: dict[str, str], comparisons: dict[str, Comparison]) -> st
     lines += ["", "Failed with fastgen only:", ""]
     failures = [(n, w) for c in comparisons.values() for n, w in c.failures.items()]
     lines += [f"- `{name}`: {_one_line(why)}" for name, why in failures] or ["none"]
+    not_run = [f"- {n}: {_one_line(c.not_run)}" for n, c in comparisons.items() if c.not_run]
+    if not_run:
+        lines += ["", "Could not be run:", "", *not_run]
     return "\n".join(lines) + "\n"
 
 

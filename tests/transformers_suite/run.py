@@ -4,9 +4,10 @@
 
 Each test file runs without fastgen (the baseline) and with it, in processes of their own. A test
 that passes in the baseline is counted as native, transformers' loop, without generate(), or failed.
-Writes results.json and results.md; the exit code is 1 if a test fails with fastgen only. The tests
-need what the checkout's tests need (`parameterized`, `httpx`, ...), and run offline unless
-HF_HUB_OFFLINE=0. A run that was interrupted goes on where it was, if it is given the same --out.
+Writes results.json and results.md; the exit code is 1 if a test fails with fastgen only, or a file
+cannot be run. The tests need what the checkout's tests need (`parameterized`, `httpx`, ...); they run
+offline on tiny stand-ins for models of the hub, unless --hub is given. A run that was interrupted
+goes on where it was, if it is given the same --out.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from comparison import Comparison, compare, markdown, results
+from comparison import KINDS, Comparison, compare, markdown, results
+from stand_ins import write_stand_ins
 from suite_plugin import read_lines
 
 HERE = Path(__file__).parent
 MODES = ("baseline", "fastgen")
+NO_TESTS = "no test is about generation"
 GENERATION = (
     "tests/generation/test_utils.py",
     "tests/generation/test_logits_process.py",
@@ -41,6 +44,9 @@ def main() -> int:
     checkout, out = arguments.checkout.resolve(), arguments.out.resolve()
     files = chosen_files(checkout, arguments.families, arguments.generation)
     out.mkdir(parents=True, exist_ok=True)
+    if not arguments.hub:
+        write_stand_ins(out / "hub")
+        os.environ.update(HF_HUB_CACHE=str(out / "hub"), HF_HUB_OFFLINE="1")
     with ThreadPoolExecutor(arguments.jobs) as pool:
         compared = pool.map(lambda f: compare_file(checkout, f, out, arguments.timeout), files)
         comparisons: dict[str, Comparison] = {}
@@ -49,7 +55,7 @@ def main() -> int:
             print(f"{file}: {summary(comparison)}", flush=True)
             write_results(checkout, comparisons, out)
     print((out / "results.md").read_text())
-    return 1 if any(comparison.failures for comparison in comparisons.values()) else 0
+    return int(any(c.failures or c.not_run for c in comparisons.values()))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -68,9 +74,14 @@ def parse_arguments() -> argparse.Namespace:
         action="store_false",
         help="leave out the tests that are not about one family",
     )
+    parser.add_argument(
+        "--hub",
+        action="store_true",
+        help="use the hub, or what is cached of it, and no stand-ins for its tiny models",
+    )
     parser.add_argument("--out", type=Path, default=Path("transformers-suite"), help="for results")
     parser.add_argument("--jobs", type=int, default=1, help="test files at the same time")
-    parser.add_argument("--timeout", type=int, default=1200, help="seconds for a file in a mode")
+    parser.add_argument("--timeout", type=int, default=600, help="seconds in which a test must end")
     return parser.parse_args()
 
 
@@ -100,11 +111,14 @@ def compare_file(checkout: Path, file: str, out: Path, timeout: int) -> Comparis
         record = out / f"{file.replace('/', '.')}.{mode}.jsonl"
         how_it_ended = run_file(checkout, file, mode, record, timeout)
         found[mode] = results(read_lines(record), how_it_ended)
+        if not found[mode] and how_it_ended != NO_TESTS:
+            log = record.with_suffix(".log")
+            return Comparison(not_run=f"{mode}: {how_it_ended}, before any test; see {log}")
     return compare(found["baseline"], found["fastgen"])
 
 
 def run_file(checkout: Path, file: str, mode: str, record: Path, timeout: int) -> str:
-    """Run until every test was begun; how the process ended that the last test took with it."""
+    """Run until every test was begun; how the process ended that took a test with it."""
     how_it_ended = ""
     while True:
         num_before = len(read_lines(record))
@@ -116,29 +130,32 @@ def run_file(checkout: Path, file: str, mode: str, record: Path, timeout: int) -
 
 
 def run_pytest(checkout: Path, file: str, mode: str, record: Path, timeout: int) -> str:
-    """One process, which continues the record; how it ended."""
-    paths = [str(HERE), os.environ.get("PYTHONPATH", "")]
-    environment = {"HF_HUB_OFFLINE": "1", **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    """One process, which continues the record; how it ended. It is ended if nothing happens."""
     command = [sys.executable, "-m", "pytest", file, "-q", "-p", "suite_plugin"]
     command += ["-p", "no:cacheprovider", f"--suite-mode={mode}", f"--suite-record={record}"]
+    python_path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": python_path}
     with record.with_suffix(".log").open("a") as log:
-        try:
-            done = subprocess.run(
-                command,
-                cwd=checkout,
-                env=environment,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                timeout=timeout,
-            )
-        except subprocess.TimeoutExpired:
-            return f"the process did not end in {timeout} s"
-    return f"the process ended with exit code {done.returncode}"
+        process = subprocess.Popen(
+            command, cwd=checkout, env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
+        size = -1
+        while True:
+            try:
+                code = process.wait(timeout)
+                return NO_TESTS if code in (0, 5) else f"pytest ended with exit code {code}"
+            except subprocess.TimeoutExpired:
+                size, before = record.stat().st_size if record.exists() else 0, size
+                if size == before:
+                    process.kill()
+                    process.wait()
+                    return f"no test began or ended within {timeout} s"
 
 
 def summary(comparison: Comparison) -> str:
-    kinds = ("native", "loop", "no generate", "failed")
-    counts = ", ".join(f"{comparison.count(kind)} {kind}" for kind in kinds)
+    if comparison.not_run:
+        return comparison.not_run
+    counts = ", ".join(f"{comparison.count(kind)} {kind}" for kind in KINDS)
     return f"{comparison.outcomes['passed']} pass without fastgen; with it {counts}"
 
 
