@@ -5,9 +5,9 @@
 Each test file runs without fastgen (the baseline) and with it, in processes of their own. A test
 that passes in the baseline is counted as native, transformers' loop, without generate(), or failed.
 Writes results.json and results.md; the exit code is 1 if a test fails with fastgen only, or a file
-cannot be run. The tests need what the checkout's tests need (`parameterized`, `httpx`, ...); they run
-offline on tiny stand-ins for models of the hub, unless --hub is given. A run that was interrupted
-goes on where it was, if it is given the same --out.
+cannot be run. The tests need what the checkout's tests need (`parameterized`, `httpx`, ...). They
+run offline, on tiny stand-ins for models of the hub, unless --hub is given. A run that was
+interrupted goes on where it was, if it is given the same --out.
 """
 
 from __future__ import annotations
