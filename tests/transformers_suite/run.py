@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def main() -> int:
         write_stand_ins(out / "hub")
         os.environ.update(HF_HUB_CACHE=str(out / "hub"), HF_HUB_OFFLINE="1")
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        compared = pool.map(lambda f: compare_file(checkout, f, out, arguments.timeout), files)
+        suite = Suite(checkout, out, arguments.keyword, arguments.timeout)
+        compared = pool.map(suite.compare_file, files)
         comparisons: dict[str, Comparison] = {}
         for file, comparison in zip(files, compared, strict=True):
             comparisons[Path(file).stem.removeprefix("test_modeling_")] = comparison
@@ -80,6 +82,7 @@ def parse_arguments() -> argparse.Namespace:
         help="use the hub, or what is cached of it, and no stand-ins for its tiny models",
     )
     parser.add_argument("--out", type=Path, default=Path("transformers-suite"), help="for results")
+    parser.add_argument("-k", dest="keyword", default="", help="only these tests, as for pytest")
     parser.add_argument("--jobs", type=int, default=1, help="test files at the same time")
     parser.add_argument("--timeout", type=int, default=600, help="seconds in which a test must end")
     return parser.parse_args()
@@ -104,52 +107,60 @@ def chosen_files(checkout: Path, families: list[str] | None, generation: bool) -
     return files
 
 
-def compare_file(checkout: Path, file: str, out: Path, timeout: int) -> Comparison:
-    """Run one test file in both modes."""
-    found: dict[str, dict[str, Any]] = {}
-    for mode in MODES:
-        record = out / f"{file.replace('/', '.')}.{mode}.jsonl"
-        how_it_ended = run_file(checkout, file, mode, record, timeout)
-        found[mode] = results(read_lines(record), how_it_ended)
-        if not found[mode] and how_it_ended != NO_TESTS:
-            log = record.with_suffix(".log")
-            return Comparison(not_run=f"{mode}: {how_it_ended}, before any test; see {log}")
-    return compare(found["baseline"], found["fastgen"])
+@dataclass(frozen=True)
+class Suite:
+    """Runs test files of a checkout, and keeps their records and logs in the folder `out`."""
 
+    checkout: Path
+    out: Path
+    keyword: str
+    timeout: int  # seconds
 
-def run_file(checkout: Path, file: str, mode: str, record: Path, timeout: int) -> str:
-    """Run until every test was begun; how the process ended that took a test with it."""
-    how_it_ended = ""
-    while True:
-        num_before = len(read_lines(record))
-        ended = run_pytest(checkout, file, mode, record, timeout)
-        lines = read_lines(record)
-        if not lines or lines[-1]["event"] == "ends" or len(lines) == num_before:
-            return how_it_ended or ended
-        how_it_ended = ended
+    def compare_file(self, file: str) -> Comparison:
+        """Run one test file in both modes."""
+        found: dict[str, dict[str, Any]] = {}
+        for mode in MODES:
+            record = self.out / f"{file.replace('/', '.')}.{mode}.jsonl"
+            how_it_ended = self._run_file(file, mode, record)
+            found[mode] = results(read_lines(record), how_it_ended)
+            if not found[mode] and how_it_ended != NO_TESTS:
+                log = record.with_suffix(".log")
+                return Comparison(not_run=f"{mode}: {how_it_ended}, before any test; see {log}")
+        return compare(found["baseline"], found["fastgen"])
 
-
-def run_pytest(checkout: Path, file: str, mode: str, record: Path, timeout: int) -> str:
-    """One process, which continues the record; how it ended. It is ended if nothing happens."""
-    command = [sys.executable, "-m", "pytest", file, "-q", "-p", "suite_plugin"]
-    command += ["-p", "no:cacheprovider", f"--suite-mode={mode}", f"--suite-record={record}"]
-    python_path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": python_path}
-    with record.with_suffix(".log").open("a") as log:
-        process = subprocess.Popen(
-            command, cwd=checkout, env=environment, stdout=log, stderr=subprocess.STDOUT
-        )
-        size = -1
+    def _run_file(self, file: str, mode: str, record: Path) -> str:
+        """Run until every test was begun; how the process ended that took a test with it."""
+        how_it_ended = ""
         while True:
-            try:
-                code = process.wait(timeout)
-                return NO_TESTS if code in (0, 5) else f"pytest ended with exit code {code}"
-            except subprocess.TimeoutExpired:
-                size, before = record.stat().st_size if record.exists() else 0, size
-                if size == before:
-                    process.kill()
-                    process.wait()
-                    return f"no test began or ended within {timeout} s"
+            num_before = len(read_lines(record))
+            ended = self._run_pytest(file, mode, record)
+            lines = read_lines(record)
+            if not lines or lines[-1]["event"] == "ends" or len(lines) == num_before:
+                return how_it_ended or ended
+            how_it_ended = ended
+
+    def _run_pytest(self, file: str, mode: str, record: Path) -> str:
+        """One process, which continues the record; how it ended. It is ended if nothing happens."""
+        command = [sys.executable, "-m", "pytest", file, "-q", "-p", "suite_plugin"]
+        command += ["-p", "no:cacheprovider", "-k", self.keyword]
+        command += [f"--suite-mode={mode}", f"--suite-record={record}"]
+        python_path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "PYTHONPATH": python_path}
+        with record.with_suffix(".log").open("a") as log:
+            process = subprocess.Popen(
+                command, cwd=self.checkout, env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
+            size = -1
+            while True:
+                try:
+                    code = process.wait(self.timeout)
+                    return NO_TESTS if code in (0, 5) else f"pytest ended with exit code {code}"
+                except subprocess.TimeoutExpired:
+                    size, before = record.stat().st_size if record.exists() else 0, size
+                    if size == before:
+                        process.kill()
+                        process.wait()
+                        return f"no test began or ended within {self.timeout} s"
 
 
 def summary(comparison: Comparison) -> str:
