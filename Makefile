@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint bench docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastgen demo
@@ -22,6 +22,10 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/fastgen bench --shape qwen2-0.5b --workload mixed --threads 2
+
+# Tables that are printed by what decides them.
+docs: $(VENV)/.installed
+	$(BIN)/python -m fastgen.generate > GENERATE.md
 
 # torch comes first: with it installed, nothing else pulls another build of it.
 $(VENV)/.installed: pyproject.toml constraints.txt

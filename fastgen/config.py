@@ -161,9 +161,11 @@ class SamplingParams:
         ignore_eos: Go on past the model's end tokens.
         include_stop_str_in_output: The text ends after the stop string instead.
         skip_special_tokens: Leave special tokens out of the text.
-        logprobs: Return the log-probability of each generated token and of so many most likely
-            ones; None: of none.
-        prompt_logprobs: The same for the tokens of the prompt.
+        logprobs: Return the raw log-probability of each generated token and of so many most
+            likely ones, under the model itself; None: of none.
+        processed_logprobs: The same under the distribution that the token was drawn from, after
+            everything above. With temperature 0: after the penalties.
+        prompt_logprobs: Raw ones of the tokens of the prompt.
     Raises: InvalidRequestError for a value out of range or of the wrong type.
     """
 
@@ -187,6 +189,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     logprobs: int | None = None
+    processed_logprobs: int | None = None
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
@@ -205,7 +208,7 @@ class SamplingParams:
         )
         check_float("presence_penalty", self.presence_penalty, -2.0, 2.0, error)
         check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0, error)
-        for name in ("logprobs", "prompt_logprobs"):
+        for name in ("logprobs", "processed_logprobs", "prompt_logprobs"):
             if (count := getattr(self, name)) is not None:
                 check_int(name, count, 0, MAX_LOGPROBS, error)
         if self.seed is not None:

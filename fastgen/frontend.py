@@ -283,7 +283,10 @@ class Engine:
             finish_reason=reason,
             metrics=request.metrics(),
             stop_reason=request.stop_reason,
-            logprobs=list(request.logprobs) if request.sampling.logprobs is not None else None,
+            logprobs=_asked(request.sampling.logprobs, request.logprobs),
+            processed_logprobs=_asked(
+                request.sampling.processed_logprobs, request.processed_logprobs
+            ),
             error=None if error is None else str(failure(request, error)),
         )
 
@@ -308,14 +311,20 @@ class _OutputStream:
         self._num_tokens = 0
 
     def token(self, token_id: int) -> TokenEvent:
-        logprobs = None
-        if self.request.sampling.logprobs is not None:
-            logprobs = [self.request.logprobs[self._num_tokens]]
+        request, here = self.request, slice(self._num_tokens, self._num_tokens + 1)
         self._num_tokens += 1
         text = ""
         if self._text is not None and _has_text(self.request, token_id):
             text = self._text.take([token_id])
-        return TokenEvent([token_id], text, index=self.request.index, logprobs=logprobs)
+        return TokenEvent(
+            [token_id],
+            text,
+            index=request.index,
+            logprobs=_asked(request.sampling.logprobs, request.logprobs[here]),
+            processed_logprobs=_asked(
+                request.sampling.processed_logprobs, request.processed_logprobs[here]
+            ),
+        )
 
     def finish(self) -> TokenEvent:
         return TokenEvent(
@@ -331,6 +340,10 @@ class _OutputStream:
 def _has_text(request: Request, token_id: int) -> bool:
     """Whether a token's text is shown: that of the end or stop token only if it was asked for."""
     return request.sampling.include_stop_str_in_output or token_id not in request.stop_token_ids
+
+
+def _asked(count: int | None, logprobs: list) -> list | None:
+    return None if count is None else list(logprobs)
 
 
 def _or(value: float | None, default: Any) -> Any:

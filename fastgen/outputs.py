@@ -27,7 +27,8 @@ class RequestMetrics:
 
 @dataclass(frozen=True)
 class Logprob:
-    """A token's log-probability under the model itself, before any sampling parameter.
+    """A token's log-probability: raw, under the model itself, before any sampling parameter, or
+    processed, under what the token was drawn from.
 
     rank: 1 for the most likely token.
     """
@@ -40,9 +41,10 @@ class Logprob:
 class TokenEvent:
     """New tokens or text of one output of a request; its last event has a finish_reason.
 
-    index: which of the request's n outputs. logprobs: one dict per token if they were asked for,
-    the token itself first. text: what is certain by now; bytes of an unfinished character and the
-    possible beginning of a stop string are held back. stop_reason: as in `Completion`.
+    index: which of the request's n outputs. logprobs (raw) and processed_logprobs: one dict per
+    token if they were asked for, the token itself first. text: what is certain by now; bytes of an
+    unfinished character and the possible beginning of a stop string are held back. stop_reason: as
+    in `Completion`.
     """
 
     token_ids: list[int]
@@ -51,6 +53,7 @@ class TokenEvent:
     metrics: RequestMetrics | None = None
     index: int = 0
     logprobs: list[dict[int, Logprob]] | None = None
+    processed_logprobs: list[dict[int, Logprob]] | None = None
     stop_reason: int | str | None = None
 
 
@@ -60,8 +63,9 @@ class Completion:
 
     finish_reason: "stop" (an end or stop token, which is the last of token_ids, or a stop string),
     "length", "cancelled" or "error". stop_reason: the stop token or string that was asked for and
-    met; None for the model's own end token. logprobs: one dict per token (the token itself and the
-    most likely ones) if they were asked for. error: what went wrong.
+    met; None for the model's own end token. logprobs (raw) and processed_logprobs: one dict per
+    token (the token itself and the most likely ones) if they were asked for. error: what went
+    wrong.
     """
 
     index: int
@@ -71,6 +75,7 @@ class Completion:
     metrics: RequestMetrics
     stop_reason: int | str | None = None
     logprobs: list[dict[int, Logprob]] | None = None
+    processed_logprobs: list[dict[int, Logprob]] | None = None
     error: str | None = None
 
 
@@ -105,6 +110,10 @@ class RequestOutput:
     @property
     def logprobs(self) -> list[dict[int, Logprob]] | None:
         return self.outputs[0].logprobs
+
+    @property
+    def processed_logprobs(self) -> list[dict[int, Logprob]] | None:
+        return self.outputs[0].processed_logprobs
 
     @property
     def metrics(self) -> RequestMetrics:

@@ -46,6 +46,7 @@ GOOD = {
     "include_stop_str_in_output": [True, False],
     "skip_special_tokens": [True, False],
     "logprobs": [None, 0, 1, MAX_LOGPROBS],
+    "processed_logprobs": [None, 0, 1, MAX_LOGPROBS],
     "prompt_logprobs": [None, 0, 1, MAX_LOGPROBS],
 }
 GOOD_LISTS = {
@@ -91,6 +92,7 @@ BAD = {
     ],
     "seed": [-1, SEED_MAX + 1, 2**64, 10**400, *NOT_INTS],
     "logprobs": [-1, MAX_LOGPROBS + 1, *HUGE, *NOT_INTS],
+    "processed_logprobs": [-1, MAX_LOGPROBS + 1, *HUGE, *NOT_INTS],
     "prompt_logprobs": [-1, MAX_LOGPROBS + 1, *HUGE, *NOT_INTS],
     "ignore_eos": NOT_BOOLS,
     "include_stop_str_in_output": NOT_BOOLS,
@@ -167,6 +169,7 @@ def test_defaults_are_vllms():
         "include_stop_str_in_output": False,
         "skip_special_tokens": True,
         "logprobs": None,
+        "processed_logprobs": None,
         "prompt_logprobs": None,
     }
 

@@ -27,12 +27,13 @@ from ..outputs import EngineMetrics
 from .block_pool import BlockPool
 from .decode_graphs import CudaCapturer, DecodeGraphs, batch_buckets
 from .kv_cache import KVCache, block_bytes, free_memory_bytes
+from .logprobs import logprobs_of
 from .mailbox import Mailbox
 from .memory_plan import GpuMemory, MemoryPlan, plan_memory
 from .prefix_cache import root_digest
 from .request import Request, RequestStatus
 from .runner import Runner
-from .sampler import SamplingState, logprobs_of, sample
+from .sampler import SamplingState, sample
 from .scheduler import ScheduledRequest, Scheduler, SchedulerOutput, SchedulerStats
 from .threads import release_openmp_team
 
@@ -415,6 +416,8 @@ class EngineCore:
         for row, logprobs in sampled.logprobs.items():
             if row not in sampled.errors:
                 requests[row].logprobs.append(logprobs)
+        for row, logprobs in sampled.processed_logprobs.items():
+            requests[row].processed_logprobs.append(logprobs)
         self._append_all(requests, sampled.token_ids)
         return after - before
 

@@ -18,11 +18,11 @@ from ..errors import InvalidRequestError
 from ..kernels.argmax import argmax
 from ..outputs import Logprob
 from .choose import draw_by_weight
+from .distribution import filtered_probabilities, form_of
+from .logprobs import logprobs_of, processed_logprobs_of
 from .request import Request
 
 _NEVER = float("-inf")
-# A nucleus is looked for among so many tokens before the whole vocabulary is sorted.
-NUCLEUS = 1024
 # Entries of the rows that are filtered together on a CPU: they stay in its cache.
 _CHUNK = 1 << 20
 _NUM_UNIFORMS = 64  # drawn ahead, because each call of a generator costs a microsecond or two
@@ -54,6 +54,7 @@ class SamplingState:
         self.is_plain = (
             params.greedy
             and params.logprobs is None
+            and params.processed_logprobs is None
             and not params.min_tokens
             and not self._always_edits
         )
@@ -105,10 +106,11 @@ class SamplingState:
 
 @dataclass
 class Sampled:
-    """One step's result. errors: rows that can have no token, with the reason."""
+    """One step's result, by row what not all have. errors: why a row can have no token."""
 
     token_ids: list[int]
     logprobs: dict[int, dict[int, Logprob]] = field(default_factory=dict)
+    processed_logprobs: dict[int, dict[int, Logprob]] = field(default_factory=dict)
     errors: dict[int, InvalidRequestError] = field(default_factory=dict)
 
 
@@ -123,12 +125,12 @@ def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> Sampled:
         return Sampled(argmax(logits).tolist())
     edited = [row for row, state in enumerate(states) if state.edits_logits]
     others = sorted(set(range(len(states))).difference(edited))
+    changed = logits[edited].float()
     errors: dict[int, InvalidRequestError] = {}
     tokens = torch.zeros(len(states), dtype=torch.long, device=logits.device)
     if others:
         tokens[others] = _choose(logits, others, [states[row] for row in others])
     if edited:
-        changed = logits[edited].float()
         edit_logits(changed, [states[row] for row in edited])
         for row, best in zip(edited, changed.amax(dim=-1).tolist(), strict=True):
             if best == _NEVER:
@@ -149,6 +151,20 @@ def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> Sampled:
     for count, rows in by_count.items():
         found = logprobs_of(logits[rows], [result.token_ids[row] for row in rows], count)
         result.logprobs.update(zip(rows, found, strict=True))
+    asked = [
+        row
+        for row, state in enumerate(states)
+        if state.params.processed_logprobs is not None and row not in errors
+    ]
+    if asked:
+        place_of = {row: place for place, row in enumerate(edited)}
+        final = [changed[place_of[row]] if row in place_of else logits[row] for row in asked]
+        found = processed_logprobs_of(
+            torch.stack([row.float() for row in final]),
+            [result.token_ids[row] for row in asked],
+            [states[row].params for row in asked],
+        )
+        result.processed_logprobs.update(zip(asked, found, strict=True))
     return result
 
 
@@ -252,97 +268,3 @@ def draw(
                 drawn = ids.gather(1, drawn.unsqueeze(1)).squeeze(1)
             tokens[places] = drawn
     return tokens
-
-
-def form_of(params: SamplingParams, vocab_size: int) -> tuple[int, bool]:
-    """How many tokens top-k leaves, and whether they must be put in order."""
-    width = min(params.top_k, vocab_size) if params.top_k > 0 else vocab_size
-    return width, width < vocab_size or params.top_p < 1
-
-
-def filtered_probabilities(
-    logits: torch.Tensor, params: Sequence[SamplingParams], width: int, ordered: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Softmax after temperature, min-p, top-k and top-p, in that order.
-
-    Args:
-        logits: [num_rows, vocab_size] fp32, overwritten. params: One per row, all of the form
-            (width, ordered).
-    Returns: probabilities [num_rows, n] fp32, n <= width, and the token ids they belong to, most
-        likely first; None: those of the vocabulary as they are. Tokens that are left out have 0.
-    """
-    temperature = _column([param.temperature for param in params], logits.device)
-    temperature = temperature.clamp(min=torch.finfo(torch.float32).tiny)
-    logits -= logits.amax(dim=-1, keepdim=True)
-    logits /= temperature  # <= 0, so never +inf
-    if any(param.min_p for param in params):
-        # p >= min_p * p_max, where p_max is exp(0) over the same sum.
-        min_p = _column([param.min_p for param in params], logits.device)
-        logits.masked_fill_(logits < min_p.log(), _NEVER)
-    if not ordered:
-        return torch.softmax(logits, dim=-1), None
-    top_p = _column([param.top_p for param in params], logits.device)
-    if width < logits.shape[1]:
-        logits, ids = logits.topk(width, dim=-1)
-        probabilities = torch.softmax(logits, dim=-1)
-    else:
-        probabilities, ids = _most_likely(torch.softmax(logits, dim=-1), top_p)
-    if all(param.top_p == 1 for param in params):
-        return probabilities, ids
-    reached = probabilities.cumsum(dim=-1)
-    dropped = torch.zeros_like(probabilities, dtype=torch.bool)  # never the most likely token
-    dropped[:, 1:] = (reached[:, :-1] >= top_p) & (top_p < 1)
-    kept = reached.masked_fill(dropped, 0).amax(dim=-1, keepdim=True)
-    kept.masked_fill_(top_p == 1, 1.0)
-    return probabilities.masked_fill_(dropped, 0).div_(kept), ids
-
-
-def _most_likely(
-    probabilities: torch.Tensor, top_p: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities in order and their token ids, as many as any row needs to reach its top_p.
-
-    A row that needs no more than NUCLEUS has zeros behind them.
-    """
-    if probabilities.shape[1] <= NUCLEUS:
-        return probabilities.sort(dim=-1, descending=True)
-    best, ids = probabilities.topk(NUCLEUS, dim=-1)
-    flat = (best.cumsum(dim=-1)[:, -1] < top_p.squeeze(1)).nonzero().squeeze(1)
-    if not len(flat):
-        return best, ids
-    all_best, all_ids = torch.zeros_like(probabilities), torch.zeros_like(probabilities).long()
-    all_best[:, :NUCLEUS], all_ids[:, :NUCLEUS] = best, ids
-    all_best[flat], all_ids[flat] = probabilities[flat].sort(dim=-1, descending=True)
-    return all_best, all_ids
-
-
-def logprobs_of(
-    logits: torch.Tensor, token_ids: Sequence[int], count: int
-) -> list[dict[int, Logprob]]:
-    """Per row the token's own log-probability and those of the `count` most likely tokens.
-
-    Args:
-        logits: [num_rows, vocab_size] of the model, any float dtype.
-    """
-    logprobs = torch.log_softmax(logits.float(), dim=-1)
-    own = logprobs.gather(1, torch.tensor(token_ids, device=logits.device).unsqueeze(1))
-    ranks = (logprobs > own).sum(dim=-1) + 1
-    best = logprobs.topk(min(count, logits.shape[1]), dim=-1)
-    rows = []
-    for token_id, logprob, rank, values, ids in zip(
-        token_ids,
-        own.squeeze(1).tolist(),
-        ranks.tolist(),
-        best.values.tolist(),
-        best.indices.tolist(),
-        strict=True,
-    ):
-        row = {token_id: Logprob(logprob, rank)}
-        for place, (value, likely) in enumerate(zip(values, ids, strict=True), 1):
-            row.setdefault(likely, Logprob(value, place))
-        rows.append(row)
-    return rows
-
-
-def _column(values: list[float], device: torch.device) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=device).float().unsqueeze(1)

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 
 from fastgen.config import SamplingParams
+from fastgen.engine.distribution import filtered_probabilities, form_of
 from fastgen.engine.request import Request
-from fastgen.engine.sampler import SamplingState, filtered_probabilities, form_of, sample
+from fastgen.engine.sampler import SamplingState, sample
 
 GREEDY = SamplingParams(temperature=0.0)
 PLAIN = SamplingParams()

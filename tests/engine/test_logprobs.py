@@ -17,10 +17,17 @@ from engine_helpers import (  # noqa: F401 - the fixtures are used by name
     within,
 )
 from tiny_models import VOCAB, prompts, tiny_model
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from fastgen import SamplingParams
+from fastgen import Engine, SamplingParams
 from fastgen.engine import scheduler as scheduler_module
-from fastgen.engine.sampler import logprobs_of
+from fastgen.engine.logprobs import logprobs_of
 from fastgen.outputs import Logprob
 
 SCHEDULES = {
@@ -123,6 +130,94 @@ def test_logprobs_are_raw(make_engine, plain, expected):
     (output,) = within(make_engine().generate, expected[0][:1], params)
     check_output(plain, output, 4, None)
     assert any(len(entry) == 5 for entry in output.logprobs), "every token was among the best"
+
+
+PROCESSED = {
+    "temperature": {"temperature": 0.7},
+    "hot": {"temperature": 3.0},
+    "top-k": {"top_k": 12},
+    "top-p": {"top_p": 0.8},
+    "min-p": {"min_p": 0.05},
+    "all": {"temperature": 1.5, "top_k": 40, "top_p": 0.9, "min_p": 0.01},
+    "penalty": {"repetition_penalty": 1.4, "temperature": 0.8},
+    "bias": {"logit_bias": {5: 6.0, 9: -6.0}},
+    "greedy": {"temperature": 0.0, "repetition_penalty": 1.4},
+}
+
+
+def processed(scores: torch.Tensor, ids: list[int], params: SamplingParams) -> torch.Tensor:
+    """[vocab_size] by transformers' own processors, in the engine's order."""
+    scores = scores[None].clone()
+    for token_id, bias in params.logit_bias.items():
+        scores[0, token_id] += bias
+    wanted = [RepetitionPenaltyLogitsProcessor(params.repetition_penalty)]
+    if not params.greedy:
+        wanted += [TemperatureLogitsWarper(params.temperature)]
+        wanted += [MinPLogitsWarper(params.min_p)] if params.min_p else []
+        wanted += [TopKLogitsWarper(params.top_k)] if params.top_k else []
+        wanted += [TopPLogitsWarper(params.top_p)] if params.top_p < 1 else []
+    for processor in wanted:
+        scores = processor(torch.tensor([ids]), scores)
+    return torch.log_softmax(scores[0], dim=-1)
+
+
+@torch.no_grad()
+def logits_of(plain, ids: list[int], beside: int = 0) -> torch.Tensor:
+    """[num_tokens, vocab_size] fp32 of one forward, alone or beside other rows."""
+    rows = [ids] + [ids[::-1]] * beside
+    return plain(torch.tensor(rows)).logits[0].float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("options", PROCESSED.values(), ids=PROCESSED)
+def test_raw_and_processed_agree_with_a_forward(options, dtype, graphs_of_the_session):
+    """As a trainer computes them again: within twice what two forwards differ by."""
+    plain, model = tiny_model("qwen2", dtype=dtype), tiny_model("qwen2", dtype=dtype)
+    params = SamplingParams(max_tokens=24, seed=3, logprobs=0, processed_logprobs=3, **options)
+    prompt = prompts(11)[0]
+    with Engine(model) as engine:
+        (output,) = engine.generate([prompt], params)
+        events = list(engine.stream(engine.submit(prompt, params)))
+    ids = prompt + output.token_ids
+    forwards = [logits_of(plain, ids), *(logits_of(plain, ids, beside) for beside in (1, 6))]
+    cache = None
+    with torch.no_grad():  # what generate() computes
+        rows = []
+        for token_id in ids:
+            out = plain(torch.tensor([[token_id]]), past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            rows.append(out.logits[0, -1].float())
+    forwards.append(torch.stack(rows))
+
+    def of(forward: torch.Tensor, kind) -> torch.Tensor:
+        return torch.stack(
+            [
+                kind(forward[place - 1], ids[:place])[ids[place]]
+                for place in range(len(prompt), len(ids))
+            ]
+        )
+
+    raw = [of(forward, lambda row, _: torch.log_softmax(row, -1)) for forward in forwards]
+    drawn = [of(forward, lambda row, seen: processed(row, seen, params)) for forward in forwards]
+    for given, (first, *others) in ((output.logprobs, raw), (output.processed_logprobs, drawn)):
+        got = torch.tensor(
+            [entry[token].logprob for entry, token in zip(given, output.token_ids, strict=True)]
+        )
+        bound = 2 * max((first - other).abs().max() for other in others)
+        assert 0 < bound < 1
+        assert (got - first).abs().max() <= bound
+    assert (raw[0] - drawn[0]).abs().max() > 1e-3, "the two kinds are the same here"
+    assert [e.processed_logprobs[0] for e in events[:-1]] == output.processed_logprobs
+    assert [e.logprobs[0] for e in events[:-1]] == output.logprobs
+
+
+def test_processed_logprobs_leave_out_what_cannot_be_drawn(make_engine, expected):
+    params = SamplingParams(max_tokens=4, seed=0, top_k=2, processed_logprobs=9)
+    (output,) = within(make_engine().generate, expected[0][:1], params)
+    for entry in output.processed_logprobs:
+        assert len(entry) == 2
+        assert sum(torch.tensor(each.logprob).exp() for each in entry.values()) == pytest.approx(1)
+    assert output.logprobs is None
 
 
 def test_prompt_logprobs_after_a_preemption_within_the_prompt(

@@ -7,8 +7,9 @@ import torch
 from sampler_helpers import check_probabilities, draws, random_logits, state
 
 from fastgen.config import SamplingParams
-from fastgen.engine import sampler
-from fastgen.engine.sampler import NUCLEUS, filtered_probabilities, sample
+from fastgen.engine import distribution, sampler
+from fastgen.engine.distribution import NUCLEUS, filtered_probabilities
+from fastgen.engine.sampler import sample
 
 VOCAB_SIZE = 5000
 # The standard deviation of the logits decides how many tokens a nucleus holds.
@@ -54,7 +55,7 @@ def test_equal_to_a_sort_of_the_whole_vocabulary(monkeypatch, scale, top_p):
     params = [SamplingParams(top_p=top_p)] * len(logits)
     found = nucleus(logits, params)
     drawn = draws(logits, params, range(6))
-    monkeypatch.setattr(sampler, "NUCLEUS", VOCAB_SIZE)
+    monkeypatch.setattr(distribution, "NUCLEUS", VOCAB_SIZE)
     sorted_all = nucleus(logits, params)
     assert torch.equal(found > 0, sorted_all > 0)
     assert torch.equal(found, sorted_all)
@@ -96,7 +97,7 @@ def test_planted_nucleus_that_is_too_small_is_found(monkeypatch):
     def best_only(probabilities, top_p):
         return probabilities.topk(64, dim=-1)
 
-    monkeypatch.setattr(sampler, "_most_likely", best_only)
+    monkeypatch.setattr(distribution, "_most_likely", best_only)
     logits = rows_of(SCALES["flat"])
     params = [SamplingParams(top_p=0.9)] * len(logits)
     with pytest.raises(AssertionError):

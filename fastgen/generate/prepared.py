@@ -1,0 +1,59 @@
+"""A call of generate() as transformers has prepared it: what a decoding loop starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..engine.engine import EngineCore
+
+
+class TransformersLoop(Exception):
+    """Raised where the engine finds that transformers' own loop must run; str() is the reason."""
+
+
+@dataclass
+class PreparedCall:
+    """What transformers hands to its decoding loop, and the engine that computes the logits.
+
+    input_ids: [B, T] int64, left-padded, repeated for num_return_sequences. attention_mask and
+    position_ids: of the same shape, or None. past_key_values: the empty cache object that the
+    result carries, or None.
+    """
+
+    engine: EngineCore
+    input_ids: torch.Tensor
+    logits_processor: Any
+    stopping_criteria: Any
+    generation_config: Any
+    streamer: Any
+    attention_mask: torch.Tensor | None
+    position_ids: torch.Tensor | None
+    past_key_values: Any
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Tokens until every row must stop, by the length criterion transformers has made.
+
+        Raises: TransformersLoop if there is none.
+        """
+        from transformers import MaxLengthCriteria
+
+        lengths = [
+            criterion.max_length
+            for criterion in self.stopping_criteria
+            if isinstance(criterion, MaxLengthCriteria)
+        ]
+        if not lengths:
+            raise TransformersLoop("no length limit")
+        return min(lengths) - self.input_ids.shape[1]
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        ids: set[int] = set()
+        for criterion in self.stopping_criteria:
+            if (eos := getattr(criterion, "eos_token_id", None)) is not None:
+                ids.update(torch.as_tensor(eos).flatten().tolist())
+        return frozenset(ids)
