@@ -153,13 +153,15 @@ _FIELDS = {row.name: row for row in FIELDS}
 def check_call(model: Any, arguments: dict[str, Any]) -> None:
     """Raise TransformersLoop if something that was asked for is not the engine's to do.
 
-    arguments: Those of the call by name, of **kwargs too, without those that are None.
+    arguments: What was passed, by name, those of **kwargs too.
     """
     for name, value in arguments.items():
-        if name not in _fields():
+        if name not in _fields() and value is not None:
             _check(_ARGUMENTS.get(name), name, value)
     given = arguments.get("generation_config")
     for name in _fields():
+        if name in arguments and arguments[name] is None:
+            continue  # None overrides whatever the configurations say
         for value in (
             arguments.get(name),
             getattr(given, name, None),
