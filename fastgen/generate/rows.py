@@ -28,7 +28,9 @@ def requests_of(call: PreparedCall) -> list[Request]:
             raise TransformersLoop("attention_mask and input_ids differ in shape")
         masks = call.attention_mask.tolist()
     positions = _positions(call.position_ids, input_ids)
-    windowed = any(layer.window for layer in call.engine.compiled.spec.layers)
+    longest = input_ids.shape[1] + max_new_tokens
+    windows = [layer.window for layer in call.engine.compiled.spec.layers if layer.window]
+    windowed = min(windows, default=longest) < longest  # else a window never hides a slot
     requests = []
     for row, mask, places in zip(rows, masks, positions, strict=True):
         visible = [i for i, seen in enumerate(mask) if seen]
