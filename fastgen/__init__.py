@@ -30,6 +30,8 @@ if TYPE_CHECKING:
         TokenEvent,
     )
     from .planning import Plan, plan
+    from .verification import verify
+    from .verification_report import Verification
 
 # Where each public name lives; imported at first use, so that `import fastgen` costs nothing.
 _HOMES = {
@@ -55,6 +57,8 @@ _HOMES = {
         "TokenEvent",
     ),
     "planning": ("Plan", "plan"),
+    "verification": ("verify",),
+    "verification_report": ("Verification",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -65,6 +69,7 @@ __all__ = [  # noqa: RUF022 - in the order of a reader's interest
     "release_cache",
     "weights_changed",
     "plan",
+    "verify",
     "Engine",
     "Config",
     "SamplingParams",
@@ -75,6 +80,7 @@ __all__ = [  # noqa: RUF022 - in the order of a reader's interest
     "RequestMetrics",
     "EngineMetrics",
     "Plan",
+    "Verification",
     "FastgenError",
     "UnsupportedModelError",
     "NotOptimizedError",

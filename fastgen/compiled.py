@@ -124,6 +124,15 @@ class CompiledForward:
         for index, _ in self._cache_slots:
             self._arguments[index] = None
 
+    def arguments(self, batch: Any, kv_cache: CacheTensors) -> list[Any]:
+        """What `lowered` takes in this step, so that others can run it; as `__call__` gives it."""
+        arguments = list(self._arguments)
+        for index, target in self._cache_slots:
+            arguments[index] = kv_cache.tensors[target]
+        for index, target in self._batch_slots:
+            arguments[index] = getattr(batch, target)
+        return arguments
+
     def __call__(self, batch: Any, kv_cache: CacheTensors) -> torch.Tensor:
         """Run one step.
 

@@ -33,10 +33,11 @@ from torch.fx.experimental.symbolic_shapes import (
 from .graph_key import NotCacheableError
 from .kernels.cpu.build import MissingLibraryError, cache_dir
 from .passes import CapturedGraph, InputSpec, MergePlan, PassReport, Report
+from .passes.graph import module_of, remember_module
 
 logger = logging.getLogger("fastgen")
 
-FORMAT = 1
+FORMAT = 2
 MAX_BYTES = 64 << 20  # of all files; those used longest ago go first
 _MAX_CONSTANT_BYTES = 1 << 16
 _SUFFIX = ".json"
@@ -148,6 +149,8 @@ def _written(graph: CapturedGraph, report: Report) -> dict[str, Any]:
             row["args"] = _argument(tuple(node.args))
         if "val" in node.meta:
             row["value"] = values.add(node.meta["val"], node.name)
+        if (module := module_of(node)) is not None:
+            row["module"] = module
         nodes.append(row)
     used = [spec.target for spec in graph.inputs.values() if spec.kind == "constant"]
     return {
@@ -251,6 +254,8 @@ def _read(data: dict[str, Any], device: torch.device) -> tuple[CapturedGraph, Re
         nodes[row["name"]] = node
         if "value" in row:
             node.meta["val"] = values[row["value"]]
+        if "module" in row:
+            remember_module(node, row["module"])
     module = fx.GraphModule({}, graph)
     graph.lint()
     placeholders = [node.name for node in graph.nodes if node.op == "placeholder"]

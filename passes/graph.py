@@ -137,6 +137,20 @@ def written_by(node: fx.Node) -> list[fx.Node]:
     return written
 
 
+def module_of(node: fx.Node) -> str | None:
+    """Name in the live model of the innermost module in which a node was traced, if it says so."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return None
+    name, _ = next(reversed(stack.values()))
+    return name.removeprefix("model.")  # what the call that is traced names the model
+
+
+def remember_module(node: fx.Node, name: str) -> None:
+    """Say of a node what `module_of` answers."""
+    node.meta["nn_module_stack"] = {name: (f"model.{name}", "")}
+
+
 def memory_of(node: fx.Node) -> int | None:
     """A number for the storage of a node's value: views share it. None if it is no tensor."""
     value = node.meta.get("val")

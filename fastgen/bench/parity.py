@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .. import Engine, SamplingParams, api
+from ..reference import Reference
 
 NUM_REQUESTS = 4
 NEW_TOKENS = 24
@@ -58,15 +59,16 @@ def check_parity(model: Any, requests: Requests) -> Parity:
     lengths = [min(length, NEW_TOKENS) for _, length in chosen]
 
     exact = copy.deepcopy(model).float()
-    expected = transformers_tokens(exact, prompts, lengths)
+    expected = Reference(exact).tokens(prompts, lengths)
     found = _engine_tokens(exact, prompts, lengths)
     if model.dtype == torch.float32:
         exact = exact.double()
-    truth = _first_logits(exact, prompts[0])
+    _, truth = Reference(exact).generate(prompts[0], 1)
     del exact
 
-    own_tokens = transformers_tokens(model, prompts, lengths)
-    own_logits = _first_logits(model, prompts[0])
+    reference = Reference(model)
+    own_tokens = reference.tokens(prompts, lengths)
+    _, own_logits = reference.generate(prompts[0], 1)
     tokens = _engine_tokens(model, prompts, lengths)
     api.optimize(model)
     try:
@@ -90,17 +92,6 @@ def check_parity(model: Any, requests: Requests) -> Parity:
         logits_tolerance=2 * (own_error + rounding),
         equal_token_share=equal / sum(lengths),
     )
-
-
-def transformers_tokens(model: Any, prompts: list[list[int]], lengths: list[int]) -> list:
-    """Greedy tokens of each prompt, one after the other."""
-    tokens = []
-    for prompt, length in zip(prompts, lengths, strict=True):
-        ids = torch.tensor([prompt], device=model.device)
-        mask = torch.ones_like(ids)  # without one, ids that equal the padding's are masked
-        out = model.generate(ids, attention_mask=mask, max_new_tokens=length, do_sample=False)
-        tokens.append(out[0, len(prompt) :].tolist())
-    return tokens
 
 
 def _engine_tokens(model: Any, prompts: list[list[int]], lengths: list[int]) -> list:

@@ -20,9 +20,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..reference import Reference
 from .engines import Measurement
 from .machine import peak_rss_bytes, processes_of_group, reset_peak_rss
-from .parity import NEW_TOKENS, transformers_tokens
+from .parity import NEW_TOKENS
 from .startup import Startup
 from .workloads import Workload
 
@@ -272,7 +273,7 @@ def reports(peers: list[Peer], model: Any, workload: Workload) -> list[dict[str,
         return []
     prompt, length = workload.requests[0]
     count = min(length, NEW_TOKENS)
-    expected = transformers_tokens(model, [prompt], [count])[0]
+    expected = Reference(model).generate(prompt, count)[0]
     found = []
     for peer in peers:
         report = peer.report()

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from .._version import __version__
 from ..errors import FastgenError
-from . import bench, cache, demo, explain, generate, kernels, plan
+from . import bench, cache, demo, explain, generate, kernels, plan, verify
 
-COMMANDS = (demo, generate, explain, bench, plan, cache, kernels)
+COMMANDS = (demo, generate, explain, bench, verify, plan, cache, kernels)
 
 
 def build_parser() -> argparse.ArgumentParser:

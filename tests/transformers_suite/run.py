@@ -121,6 +121,7 @@ class Suite:
         found: dict[str, dict[str, Any]] = {}
         for mode in MODES:
             record = self.out / f"{file.replace('/', '.')}.{mode}.jsonl"
+            forget_interrupted(record)
             how_it_ended = self._run_file(file, mode, record)
             found[mode] = results(read_lines(record), how_it_ended)
             if not found[mode] and how_it_ended != NO_TESTS:
@@ -161,6 +162,13 @@ class Suite:
                         process.kill()
                         process.wait()
                         return f"no test began or ended within {self.timeout} s"
+
+
+def forget_interrupted(record: Path) -> None:
+    """Take away a test that began and never ended, because the run itself was interrupted."""
+    lines = read_lines(record)
+    if lines and lines[-1]["event"] == "begins":
+        record.write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]))
 
 
 def summary(comparison: Comparison) -> str:

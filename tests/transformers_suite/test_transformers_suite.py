@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from comparison import compare, markdown, results
+from run import forget_interrupted
 from suite_plugin import read_lines
 
 RUN = Path(__file__).parent / "run.py"
@@ -156,6 +157,16 @@ def test_a_line_that_was_cut_short_is_not_read(tmp_path):
     record = tmp_path / "record"
     record.write_text('{"test": "a"}\n{"test": "b')
     assert read_lines(record) == [{"test": "a"}]
+
+
+def test_a_test_that_was_interrupted_is_run_again(tmp_path):
+    record = tmp_path / "record"
+    ended = '{"test": "a", "event": "ends"}\n'
+    record.write_text(ended + '{"test": "b", "event": "begins"}\n{"test": "b", "ev')
+    forget_interrupted(record)
+    assert record.read_text() == ended
+    forget_interrupted(record)
+    assert record.read_text() == ended
 
 
 @pytest.mark.slow
