@@ -17,6 +17,8 @@ def take_stop_strings(model: Any, arguments: dict[str, Any]) -> Any:
     """
     from transformers import StopStringCriteria
 
+    if "stop_strings" in arguments and arguments["stop_strings"] is None:
+        return None  # switched off for this call
     given = arguments.get("generation_config")
     own = getattr(model.generation_config, "stop_strings", None)
     wanted = arguments.get("stop_strings")

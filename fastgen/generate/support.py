@@ -153,17 +153,18 @@ _FIELDS = {row.name: row for row in FIELDS}
 def check_call(model: Any, arguments: dict[str, Any]) -> None:
     """Raise TransformersLoop if something that was asked for is not the engine's to do.
 
-    arguments: Those of the call by name, of **kwargs too, without those that are None.
+    arguments: What was passed, by name, those of **kwargs too.
     """
     for name, value in arguments.items():
-        if name not in _fields():
+        if name not in _fields() and value is not None:
             _check(_ARGUMENTS.get(name), name, value)
     given = arguments.get("generation_config")
 
     def chosen(name: str) -> Any:
-        """A field's value: the first that is set wins, as transformers merges them."""
-        configs = (given, model.generation_config)
-        values = (arguments.get(name), *(getattr(config, name, None) for config in configs))
+        """A field's value, as transformers merges them: an argument, even None, or what is set."""
+        if name in arguments:
+            return arguments[name]
+        values = (getattr(config, name, None) for config in (given, model.generation_config))
         return next((value for value in values if value is not None), None)
 
     for name in _fields():
@@ -185,7 +186,7 @@ def _check_beams(model: Any, num_beams: Any, arguments: dict[str, Any]) -> None:
         return
     if type(num_beams) is not int or num_beams < 1:
         raise TransformersLoop(f"num_beams={num_beams!r}")
-    if "streamer" in arguments:
+    if arguments.get("streamer") is not None:
         raise TransformersLoop("a streamer with beams")
     own = type(model)._beam_search is not GenerationMixin._beam_search  # pyright: ignore
     if own or hasattr(model, "_reorder_cache"):
