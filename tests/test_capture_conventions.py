@@ -1,4 +1,4 @@
-"""Models that take no position_ids and number the columns of a call, and heads without a choice."""
+"""What models do each in their way: number tokens, choose rows, drop what attention is told."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import pytest
 import torch
 from every_model.building import tiny_model
 from tiny_models import NativeTokens, left_padded, prompts
+from tiny_models import tiny_model as family_model
+from transformers import AttentionInterface
 
 import fastgen
 from fastgen import capture as capturing
@@ -107,3 +109,41 @@ def test_a_hole_in_a_row_is_transformers(bart):
     out = fast.generate(torch.tensor([row]), **given)
     assert dict(fastgen.api.require(fast).fallbacks) == {"positions do not count a row's tokens": 1}
     assert out.tolist() == bart.generate(torch.tensor([row]), **given).tolist()
+
+
+# What transformers' own attention does not look at.
+
+
+def sdpa_that_drops(module, query, key, value, attention_mask, **kwargs):
+    return query, None
+
+
+def sdpa_that_objects(module, query, key, value, attention_mask, **kwargs):
+    raise ValueError("sdpa cannot do that")
+
+
+def sdpa_that_knows(module, query, key, value, attention_mask, softcap=None, s_aux=None):
+    return query, None
+
+
+@pytest.mark.parametrize(
+    ("sdpa", "own", "lost"),
+    [
+        (sdpa_that_drops, "sdpa", {"softcap", "s_aux"}),
+        (sdpa_that_objects, "sdpa", set()),
+        (sdpa_that_knows, "sdpa", set()),
+        (sdpa_that_drops, "eager", set()),
+    ],
+    ids=["drops", "objects", "knows", "eager"],
+)
+def test_what_sdpa_drops_is_found_by_trying(monkeypatch, sdpa, own, lost):
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", sdpa)
+    assert capturing._lost_arguments(own) == lost
+
+
+@pytest.mark.parametrize(("lost", "softcap"), [(set(), 1.5), ({"softcap"}, 0.0)])
+def test_soft_capping_is_lost_where_transformers_loses_it(monkeypatch, lost, softcap):
+    monkeypatch.setattr(capturing, "_lost_arguments", lambda own: frozenset(lost))
+    captured = capture(family_model("gemma2"))
+    attentions = nodes(captured, torch.ops.fastgen.attention.default)
+    assert [node.args[6] for node in attentions] == [softcap] * 2
