@@ -52,6 +52,13 @@ class KVCache:
         pages = cache[torch.tensor(block_ids, dtype=torch.long, device=cache.device)]
         return pages.transpose(0, 1).flatten(1, 2)[:, :length]
 
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks (source, target): all sources are read before a target is written."""
+        sources, targets = torch.tensor(pairs, dtype=torch.long).unbind(1)
+        for tensor in self.tensors.values():
+            copied = tensor.index_select(0, sources.to(tensor.device))
+            tensor.index_copy_(0, targets.to(tensor.device), copied)
+
     def poison(self, block_ids: Sequence[int]) -> None:
         """Fill blocks with NaN, so that a test sees whoever reads them."""
         for tensor in self.tensors.values():
