@@ -10,8 +10,8 @@ from tiny_models import tiny_model as family_model
 from transformers import AttentionInterface
 
 import fastgen
-from fastgen import capture as capturing
-from fastgen.capture import capture
+from fastgen.capture import attention, capture, capturing
+from fastgen.capture.places import _COUNTING
 from fastgen.errors import UnsupportedModelError
 from fastgen.generate.rows import columns
 
@@ -30,7 +30,7 @@ def bart():
 def test_positions_take_the_place_of_counting(bart):
     """Also a mask that nothing reads, that of an encoder which is not there, is no obstacle."""
     captured = capture(bart)
-    assert not nodes(captured, *capturing._COUNTING)
+    assert not nodes(captured, *_COUNTING)
     (positions,) = [
         node for node in captured.placeholders() if captured.inputs[node.name].target == "positions"
     ]
@@ -38,7 +38,7 @@ def test_positions_take_the_place_of_counting(bart):
 
 
 def test_counting_that_stays_is_refused(bart, monkeypatch):
-    monkeypatch.setattr(capturing, "_number_by_positions", lambda captured: None)
+    monkeypatch.setattr(capturing, "number_by_position", lambda captured, every_count: None)
     with pytest.raises(UnsupportedModelError, match="does not keep sequences apart"):
         capture(bart)
 
@@ -79,11 +79,10 @@ def test_flags_of_eager_attention_are_not_read():
 
 
 def test_columns_begin_with_the_first_visible_token():
-    ids = torch.zeros(3, 4, dtype=torch.long)
-    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [1, 0, 1, 0]])
-    expected = [[-2, -1, 0, 1], [0, 1, 2, 3], [0, 1, 2, 3]]
-    assert columns(ids, mask).tolist() == expected
-    assert columns(ids, None).tolist() == [[0, 1, 2, 3]] * 3
+    ids = torch.zeros(2, 4, dtype=torch.long)
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    assert columns(ids, mask).tolist() == [[-2, -1, 0, 1], [0, 1, 2, 3]]
+    assert columns(ids, None).tolist() == [[0, 1, 2, 3]] * 2
 
 
 def test_rows_of_a_padded_batch_are_as_if_alone(bart):
@@ -138,12 +137,16 @@ def sdpa_that_knows(module, query, key, value, attention_mask, softcap=None, s_a
 )
 def test_what_sdpa_drops_is_found_by_trying(monkeypatch, sdpa, own, lost):
     monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", sdpa)
-    assert capturing._lost_arguments(own) == lost
+    assert attention._lost_arguments(own) == lost
 
 
-@pytest.mark.parametrize(("lost", "softcap"), [(set(), 1.5), ({"softcap"}, 0.0)])
-def test_soft_capping_is_lost_where_transformers_loses_it(monkeypatch, lost, softcap):
-    monkeypatch.setattr(capturing, "_lost_arguments", lambda own: frozenset(lost))
+def test_soft_capping_that_is_looked_at_stays():
     captured = capture(family_model("gemma2"))
     attentions = nodes(captured, torch.ops.fastgen.attention.default)
-    assert [node.args[6] for node in attentions] == [softcap] * 2
+    assert [node.args[6] for node in attentions] == [1.5] * 2
+
+
+def test_dropping_what_the_model_looks_at_would_be_seen(monkeypatch):
+    monkeypatch.setattr(attention, "_lost_arguments", lambda own: frozenset({"softcap"}))
+    with pytest.raises(UnsupportedModelError, match="computes other logits"):
+        capture(family_model("gemma2"))
