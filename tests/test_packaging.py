@@ -295,7 +295,7 @@ def test_every_file_says_what_it_is(name):
 
 @EACH_MODULE
 def test_only_the_command_line_prints(name):
-    if name.startswith("fastgen.cli"):
+    if name.startswith("fastgen.cli") or name.endswith(".__main__"):
         return
     printed = [
         node.lineno

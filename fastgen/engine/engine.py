@@ -292,8 +292,9 @@ class EngineCore:
             allowed = self._plan_gpu_memory().cache
         elif allowed is None:
             allowed = free_memory_bytes(self.device) // 2
-        needed = self.config.max_num_seqs * self._longest_table() + 1
-        return max(2, min(needed, allowed // per_block))
+        return max(
+            2, min(self.config.max_num_seqs * self._longest_table() + 1, allowed // per_block)
+        )
 
     def _longest_table(self) -> int:
         """Blocks of the longest sequence."""
