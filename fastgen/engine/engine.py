@@ -292,9 +292,8 @@ class EngineCore:
             allowed = self._plan_gpu_memory().cache
         elif allowed is None:
             allowed = free_memory_bytes(self.device) // 2
-        return max(
-            2, min(self.config.max_num_seqs * self._longest_table() + 1, allowed // per_block)
-        )
+        needed = self.config.max_num_seqs * self._longest_table() + 1
+        return max(2, min(needed, allowed // per_block))
 
     def _longest_table(self) -> int:
         """Blocks of the longest sequence."""
@@ -302,9 +301,8 @@ class EngineCore:
 
     def _buckets(self) -> tuple[int, ...]:
         """Numbers of sequences whose decode steps are captured."""
-        if self.device.type != "cuda" or self.config.enforce_eager:
-            return ()
-        return batch_buckets(self.config.max_num_seqs)
+        eager = self.device.type != "cuda" or self.config.enforce_eager
+        return () if eager else batch_buckets(self.config.max_num_seqs)
 
     def _plan_gpu_memory(self) -> MemoryPlan:
         return plan_memory(
