@@ -288,8 +288,7 @@ def test_decodes_are_the_receivers_own():
     scheduler.append_tokens(requests, [6, 7])
     scheduler.schedule()
     after = build_batch(output, 4, CPU)
-    for field in dataclasses.fields(before):
-        assert torch.equal(getattr(before, field.name), getattr(after, field.name)), field.name
+    assert_equal_batches(before, after)
 
 
 # Planted mistakes.
