@@ -20,8 +20,7 @@ def test_masked_slots_under_a_window(family, side, longest, native):
     arguments = {"attention_mask": mask, "do_sample": False, "max_length": longest}
     assert torch.equal(fast.generate(ids, **arguments), plain.generate(ids, **arguments))
     explanation = fastgen.explain(fast)
-    reason = (
-        "attention counts tokens (a sliding window, chunks, ALiBi), and some within a row are masked"
-    )
+    counts = "attention counts tokens (a sliding window, chunks, ALiBi)"
+    reason = f"{counts}, and some within a row are masked"
     assert dict(explanation.fallbacks) == ({} if native else {reason: 1})
     assert not native or explanation.metrics.output_tokens == 2 * (longest - 7)
