@@ -31,11 +31,12 @@ from .kv_cache import KVCache, block_bytes, free_memory_bytes
 from .logprobs import logprobs_of
 from .mailbox import Mailbox
 from .memory_plan import GpuMemory, MemoryPlan, plan_memory
+from .metrics import MetricsRecorder
 from .prefix_cache import root_digest
 from .request import Request, RequestStatus
 from .runner import Runner, smallest_covering
 from .sampler import SamplingState, sample
-from .scheduler import ScheduledRequest, Scheduler, SchedulerOutput, SchedulerStats
+from .scheduler import ScheduledRequest, Scheduler, SchedulerOutput
 from .threads import release_openmp_team
 from .variant_check import check_variant
 
@@ -66,13 +67,8 @@ class EngineCore:
         self._scheduler: Scheduler | None = None
         self._runner: Runner | None = None
         self._sampling: dict[int, SamplingState] = {}
-        self._counters = dict.fromkeys(
-            ("engine_steps", "computed_tokens", "prompt_tokens", "output_tokens"), 0
-        )
-        self._stats = SchedulerStats()
+        self._recorder = MetricsRecorder()
         self._waiting_for_idle: list[Future] = []
-        self._forward_seconds = self._sampling_seconds = self._host_seconds = 0.0
-        self._first_step_seconds = 0.0
         self._mailbox = Mailbox()
         thread = threading.Thread(
             target=_run_engine,
@@ -201,9 +197,16 @@ class EngineCore:
             time.sleep(0.001)
         return caches
 
-    def metrics(self) -> EngineMetrics:
-        """A snapshot of the counters."""
-        return self._mailbox.call(self._snapshot)
+    def metrics(self, wait: bool = True) -> EngineMetrics:
+        """A snapshot of the counters, after the step that runs or, `wait=False`, at once.
+
+        Raises: EngineClosedError.
+        """
+        if wait:
+            return self._mailbox.call(self._snapshot)
+        if self._mailbox.closed:
+            raise EngineClosedError("the engine is closed; make a new one")
+        return self._snapshot()
 
     def release_cache(self) -> None:
         """Give the KV cache back; the next request takes a new one.
@@ -341,7 +344,7 @@ class EngineCore:
                     self.epoch, self.compiled.graph_id, request.cache_salt
                 )
             if not request.needs_fork:
-                self._counters["prompt_tokens"] += len(request.prompt_token_ids)
+                self._recorder.admitted(len(request.prompt_token_ids))
             self._scheduler.add(request)
 
     def _make_pool(self) -> None:
@@ -361,7 +364,7 @@ class EngineCore:
                 block_size=self.config.block_size,
                 max_num_seqs=self.config.max_num_seqs,
                 max_num_batched_tokens=self.config.max_num_batched_tokens,
-                stats=self._stats,
+                stats=self._recorder.scheduler_stats,
             )
 
     def _release(self, purpose: str) -> None:
@@ -394,19 +397,19 @@ class EngineCore:
                 return False
             result = self._runner.run(output)
             self._scheduler.advance(output)
-            self._counters["engine_steps"] += 1
-            self._counters["computed_tokens"] += output.num_tokens
-            sampling = self._deliver(output, result)
+            num_sampled, sampling = self._deliver(output, result)
         except Exception as error:
             logger.exception("a step failed; its %d requests end", output.num_seqs)
             for item in output.scheduled:
                 self._finish(item.request, "error", error)
             return True
-        forward, took = self._runner.forward_seconds, time.perf_counter() - start
-        self._forward_seconds += forward
-        self._sampling_seconds += sampling
-        self._host_seconds += took - forward - sampling
-        self._first_step_seconds = self._first_step_seconds or took
+        self._recorder.step(
+            output.num_tokens,
+            num_sampled,
+            seconds=time.perf_counter() - start,
+            forward=self._runner.forward_seconds,
+            sampling=sampling,
+        )
         return True
 
     def _tell_idle(self) -> None:
@@ -415,10 +418,10 @@ class EngineCore:
                 idle.set_result(None)
             self._waiting_for_idle.clear()
 
-    def _deliver(self, output: SchedulerOutput, result: ForwardOutput) -> float:
+    def _deliver(self, output: SchedulerOutput, result: ForwardOutput) -> tuple[int, float]:
         """Hand each request's logits to its lockstep group or to the sampler.
 
-        Returns: seconds of the sampler.
+        Returns: the number of tokens that are chosen, and seconds of the sampler.
         """
         if result.hidden_states:
             _deliver_hidden_states(output, result.hidden_states)
@@ -444,9 +447,8 @@ class EngineCore:
             else:
                 rows.append(end - 1)
                 requests.append(item.request)
-        self._counters["output_tokens"] += num_sampled
         if not rows:
-            return 0.0
+            return num_sampled, 0.0
         before = time.perf_counter()
         states = [self._sampling[request.request_id] for request in requests]
         sampled = sample(logits if len(rows) == len(logits) else logits[rows], states)
@@ -459,7 +461,7 @@ class EngineCore:
         for row, logprobs in sampled.processed_logprobs.items():
             requests[row].processed_logprobs.append(logprobs)
         self._append_all(requests, sampled.token_ids)
-        return after - before
+        return num_sampled, after - before
 
     def _note_prompt_logprobs(self, item: ScheduledRequest, logits: torch.Tensor) -> None:
         """Row i of the logits says how likely token start + i + 1 was."""
@@ -491,11 +493,15 @@ class EngineCore:
         if request.status is RequestStatus.FINISHED:
             return
         assert self._scheduler is not None
+        is_first = request.first_token_time is None
         try:
             reason = self._scheduler.append_token(request, token_id)
         except BaseException as error:  # of the tokenizer: a panic of Rust's is no Exception
             self._finish(request, "error", error)
             return
+        finally:
+            if is_first:
+                self._recorder.first_token(request)
         if request.stream:
             request.events.put(("token", token_id, request.index))
         if reason is not None:
@@ -512,44 +518,15 @@ class EngineCore:
 
     def _ended(self, request: Request) -> None:
         self._sampling.pop(request.request_id, None)
+        self._recorder.finished(request)
         request.events.put(("finish", request.finish_reason, request.index))
         request.done.set()
         if request.group is not None:
             request.group.fail(failure(request))
 
     def _snapshot(self) -> EngineMetrics:
-        scheduler = self._scheduler
-        now: dict[str, Any] = {}
-        if scheduler is not None:
-            pool = scheduler.pool
-            now = {
-                "num_running": len(scheduler.running),
-                "num_waiting": len(scheduler.waiting),
-                "num_blocks": pool.num_usable,
-                "num_free_blocks": pool.num_free,
-                "num_cached_blocks": pool.num_cached,
-                "cache_usage": pool.num_used / pool.num_usable,
-            }
-        graphs = None if self._runner is None else self._runner.graphs
-        if graphs is not None:
-            now["captured_graphs"] = graphs.num_captured
-            now["replayed_steps"] = graphs.num_replayed
-            now["capture_refusal"] = graphs.refusal
-        return EngineMetrics(
-            **self._counters,
-            **now,
-            finished=dict(self._stats.finished),
-            preemptions=self._stats.preemptions,
-            prefix_tokens=self._stats.prefix_tokens,
-            prefix_cache_hit_tokens=self._stats.prefix_hit_tokens,
-            cache_waste=self._stats.cache_waste,
-            forks=self._stats.forks,
-            block_copies=self._stats.block_copies,
-            forward_seconds=self._forward_seconds,
-            sampling_seconds=self._sampling_seconds,
-            host_seconds=self._host_seconds,
-            first_step_seconds=self._first_step_seconds,
-        )
+        runner = self._runner
+        return self._recorder.snapshot(self._scheduler, runner and runner.graphs)
 
 
 def _deliver_hidden_states(output: SchedulerOutput, states: Sequence[torch.Tensor]) -> None:
