@@ -55,7 +55,7 @@ class Explanation:
             "fallbacks": self.fallbacks,
             "released_bytes": self.released_bytes,
             "kept": self.kept,
-            "metrics": None if self.metrics is None else asdict(self.metrics),
+            "metrics": None if self.metrics is None else self.metrics.to_dict(),
         }
 
     def to_json(self) -> str:

@@ -170,8 +170,16 @@ class Engine:
         finally:
             core.cancel_all(requests)
 
-    def metrics(self) -> EngineMetrics:
-        """A snapshot of the engine's counters."""
+    def metrics(self, wait: bool = True) -> EngineMetrics:
+        """A snapshot of the engine's counters, after the step that runs.
+
+        wait: False takes it at once, even while a step hangs, and looks at neither the model nor
+            its weights.
+        Raises: EngineClosedError, NotOptimizedError.
+        """
+        if not wait:
+            self._check_open()
+            return api.require(self.model).engine().metrics(wait=False)
         return self._core().metrics()
 
     def pause(self) -> None:
@@ -210,9 +218,12 @@ class Engine:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _core(self) -> EngineCore:
+    def _check_open(self) -> None:
         if self._closed:
             raise EngineClosedError("this engine is closed; make a new one: fastgen.Engine(model)")
+
+    def _core(self) -> EngineCore:
+        self._check_open()
         try:
             core = api.require(self.model).ready(self.model)
             core.fills_gpu = True

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from .histogram import NO_COUNTS, NO_SECONDS, Histogram
 
 
 @dataclass(frozen=True)
@@ -126,9 +129,11 @@ class RequestOutput:
 
 @dataclass(frozen=True)
 class EngineMetrics:
-    """A snapshot of an engine's counters since it was created.
+    """A snapshot of an engine's counters and distributions since it was created.
 
-    cache_waste: unused slots / allocated slots, averaged over steps. cache_usage: allocated
+    engine_steps: steps that ended without an error. finished: requests that ended, by reason; each
+    of a prompt's n outputs is one, a row of generate() too. cache_waste: unused slots / allocated
+    slots, averaged over cache_waste_steps steps, cache_waste_sum their sum. cache_usage: allocated
     blocks / all blocks, now. prefix_tokens: tokens of the requests that were let in;
     prefix_cache_hit_tokens: those of them that the prefix cache held. forks: rows of a beam search
     that went on from another row's blocks; block_copies: blocks that were copied for them.
@@ -137,6 +142,16 @@ class EngineMetrics:
     first_step_seconds: of the first step, 0 before it. captured_graphs: sizes of decode steps that
     are captured as CUDA graphs, now; replayed_steps: of engine_steps those that were replayed with
     them; capture_refusal: why decode steps are no longer captured, None if they are or never were.
+
+    What should not happen: kernel_fallbacks, kernels that failed and gave way to their reference;
+    watchdog_warnings, times that something hung; queue_full, requests that were rejected because
+    too many waited; out_of_memory_steps, steps for which the device had not the memory.
+
+    Distributions over requests that got so far, in seconds: queue_time (from submit to the first
+    step) and ttft (to the first token), known with the first token; e2e (from submit to the end,
+    whatever the reason) and tpot (mean of a request's tokens after the first), known at the end,
+    like tokens_per_prompt and tokens_per_output. Over steps: step_forward, step_sampling and
+    step_host, seconds of each; their totals are the three sums above.
     """
 
     engine_steps: int = 0
@@ -154,6 +169,8 @@ class EngineMetrics:
     num_cached_blocks: int = 0
     cache_usage: float = 0.0
     cache_waste: float = 0.0
+    cache_waste_sum: float = 0.0
+    cache_waste_steps: int = 0
     forks: int = 0
     block_copies: int = 0
     forward_seconds: float = 0.0
@@ -163,8 +180,29 @@ class EngineMetrics:
     captured_graphs: int = 0
     replayed_steps: int = 0
     capture_refusal: str | None = None
+    kernel_fallbacks: int = 0
+    watchdog_warnings: int = 0
+    queue_full: int = 0
+    out_of_memory_steps: int = 0
+    queue_time: Histogram = NO_SECONDS
+    ttft: Histogram = NO_SECONDS
+    tpot: Histogram = NO_SECONDS
+    e2e: Histogram = NO_SECONDS
+    tokens_per_prompt: Histogram = NO_COUNTS
+    tokens_per_output: Histogram = NO_COUNTS
+    step_forward: Histogram = NO_SECONDS
+    step_sampling: Histogram = NO_SECONDS
+    step_host: Histogram = NO_SECONDS
 
     @property
     def prefix_cache_hit_rate(self) -> float:
         """Tokens found in the prefix cache / tokens of the requests that were let in."""
         return self.prefix_cache_hit_tokens / self.prefix_tokens if self.prefix_tokens else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: each distribution as its count, mean and some quantiles."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {
+            name: value.summary() if isinstance(value, Histogram) else value
+            for name, value in values.items()
+        }

@@ -31,11 +31,12 @@ from .delivery import deliver
 from .kv_cache import KVCache
 from .mailbox import Mailbox
 from .memory_plan import PoolSize
+from .metrics import MetricsRecorder
 from .prefix_cache import root_digest
 from .request import Request, RequestStatus
 from .runner import Runner, smallest_covering
 from .sampler import SamplingState
-from .scheduler import Scheduler, SchedulerStats
+from .scheduler import Scheduler
 from .threads import release_openmp_team
 from .variant_check import check_variant
 
@@ -66,13 +67,8 @@ class EngineCore:
         self._scheduler: Scheduler | None = None
         self._runner: Runner | None = None
         self._sampling: dict[int, SamplingState] = {}
-        self._counters = dict.fromkeys(
-            ("engine_steps", "computed_tokens", "prompt_tokens", "output_tokens"), 0
-        )
-        self._stats = SchedulerStats()
+        self._recorder = MetricsRecorder()
         self._waiting_for_idle: list[Future] = []
-        self._forward_seconds = self._sampling_seconds = self._host_seconds = 0.0
-        self._first_step_seconds = 0.0
         self._is_paused = False
         self._queue_lock = threading.Lock()
         self._num_on_the_way = 0  # submitted, and not yet with the scheduler
@@ -143,6 +139,7 @@ class EngineCore:
         with self._queue_lock:
             num_waiting = self._num_on_the_way + self._num_waiting
             if max_queue is not None and num_waiting + len(requests) > max_queue:
+                self._recorder.note("queue_full")
                 raise QueueFullError(
                     f"{num_waiting} requests wait and {len(requests)} more are given; max_queue is "
                     f"{max_queue}: try again later, or raise it"
@@ -202,9 +199,16 @@ class EngineCore:
             time.sleep(0.001)
         return caches
 
-    def metrics(self) -> EngineMetrics:
-        """A snapshot of the counters."""
-        return self._mailbox.call(self._snapshot)
+    def metrics(self, wait: bool = True) -> EngineMetrics:
+        """A snapshot of the counters, after the step that runs or, `wait=False`, at once.
+
+        Raises: EngineClosedError.
+        """
+        if wait:
+            return self._mailbox.call(self._snapshot)
+        if self._mailbox.closed:
+            raise EngineClosedError("the engine is closed; make a new one")
+        return self._snapshot()
 
     def release_cache(self) -> None:
         """Give the KV cache back; the next request takes a new one.
@@ -341,7 +345,7 @@ class EngineCore:
                     self.epoch, self.compiled.graph_id, request.cache_salt
                 )
             if not request.needs_fork:
-                self._counters["prompt_tokens"] += len(request.prompt_token_ids)
+                self._recorder.admitted(len(request.prompt_token_ids))
             self._scheduler.add(request)
 
     def _make_pool(self) -> None:
@@ -367,7 +371,7 @@ class EngineCore:
                 block_size=self.config.block_size,
                 max_num_seqs=self.config.max_num_seqs,
                 max_num_batched_tokens=self.config.max_num_batched_tokens,
-                stats=self._stats,
+                stats=self._recorder.scheduler_stats,
             )
 
     def _release(self, purpose: str) -> None:
@@ -400,10 +404,7 @@ class EngineCore:
                 return False
             result = self._runner.run(output)
             self._scheduler.advance(output)
-            self._counters["engine_steps"] += 1
-            self._counters["computed_tokens"] += output.num_tokens
             delivered = deliver(output, result, self._sampling)
-            self._counters["output_tokens"] += delivered.num_logits
             for place, error in delivered.errors.items():
                 self._finish(delivered.requests[place], "error", error)
             self._append_all(delivered.requests, delivered.token_ids)
@@ -412,11 +413,13 @@ class EngineCore:
             for item in output.scheduled:
                 self._finish(item.request, "error", error)
             return True
-        forward, took = self._runner.forward_seconds, time.perf_counter() - start
-        self._forward_seconds += forward
-        self._sampling_seconds += delivered.seconds
-        self._host_seconds += took - forward - delivered.seconds
-        self._first_step_seconds = self._first_step_seconds or took
+        self._recorder.step(
+            output.num_tokens,
+            delivered.num_logits,
+            seconds=time.perf_counter() - start,
+            forward=self._runner.forward_seconds,
+            sampling=delivered.seconds,
+        )
         return True
 
     def _tell_idle(self) -> None:
@@ -441,11 +444,15 @@ class EngineCore:
         if request.status is RequestStatus.FINISHED:
             return
         assert self._scheduler is not None
+        is_first = request.first_token_time is None
         try:
             reason = self._scheduler.append_token(request, token_id)
         except BaseException as error:  # of the tokenizer: a panic of Rust's is no Exception
             self._finish(request, "error", error)
             return
+        finally:
+            if is_first:
+                self._recorder.first_token(request)
         if reason is not None:
             self._ended(request)
         elif request.news.audience:
@@ -462,6 +469,7 @@ class EngineCore:
 
     def _ended(self, request: Request) -> None:
         self._sampling.pop(request.request_id, None)
+        self._recorder.finished(request)
         request.done.set()
         if request.news.audience:
             request.news.tell()
@@ -469,38 +477,8 @@ class EngineCore:
             request.group.fail(failure(request))
 
     def _snapshot(self) -> EngineMetrics:
-        scheduler = self._scheduler
-        now: dict[str, Any] = {}
-        if scheduler is not None:
-            pool = scheduler.pool
-            now = {
-                "num_running": len(scheduler.running),
-                "num_waiting": len(scheduler.waiting),
-                "num_blocks": pool.num_usable,
-                "num_free_blocks": pool.num_free,
-                "num_cached_blocks": pool.num_cached,
-                "cache_usage": pool.num_used / pool.num_usable,
-            }
-        graphs = None if self._runner is None else self._runner.graphs
-        if graphs is not None:
-            now["captured_graphs"] = graphs.num_captured
-            now["replayed_steps"] = graphs.num_replayed
-            now["capture_refusal"] = graphs.refusal
-        return EngineMetrics(
-            **self._counters,
-            **now,
-            finished=dict(self._stats.finished),
-            preemptions=self._stats.preemptions,
-            prefix_tokens=self._stats.prefix_tokens,
-            prefix_cache_hit_tokens=self._stats.prefix_hit_tokens,
-            cache_waste=self._stats.cache_waste,
-            forks=self._stats.forks,
-            block_copies=self._stats.block_copies,
-            forward_seconds=self._forward_seconds,
-            sampling_seconds=self._sampling_seconds,
-            host_seconds=self._host_seconds,
-            first_step_seconds=self._first_step_seconds,
-        )
+        runner = self._runner
+        return self._recorder.snapshot(self._scheduler, runner and runner.graphs)
 
 
 def failure(request: Request, error: BaseException | None = None) -> FastgenError:
