@@ -44,8 +44,8 @@ class ForkSimulation(Simulation):
         if len(rows) > self.scheduler.max_num_seqs or not self.scheduler.fits(rows):
             return None
         group = Group(rows, num_beams)
-        for request in rows:
-            request.group, request.cache_root = group, salt  # pyright: ignore
+        for row, request in enumerate(rows):
+            request.group, request.row, request.cache_root = group, row, salt  # pyright: ignore
             self.scheduler.add(request)
             self.requests.append(request)
             self.late[request] = None

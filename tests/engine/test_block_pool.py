@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -322,16 +324,16 @@ def test_misuse_is_our_own_mistake(call):
 
 class EvictsTheYoungest(BlockPool):
     def allocate(self, count):
-        self._idle = dict(reversed(self._idle.items()))
+        self._idle = OrderedDict(reversed(self._idle.items()))
         try:
             return super().allocate(count)
         finally:
-            self._idle = dict(reversed(self._idle.items()))
+            self._idle = OrderedDict(reversed(self._idle.items()))
 
 
 class KeepsSharedIdle(BlockPool):
     def share(self, blocks):
-        idle = dict(self._idle)
+        idle = OrderedDict(self._idle)
         super().share(blocks)
         self._idle = idle
 

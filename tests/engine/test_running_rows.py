@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 class RequestByRequest(Scheduler):
     """The arrays are never used."""
 
-    def _schedule_decodes(self, output, budget):
+    def _num_decodes(self, budget):
         return 0
 
     def append_tokens(self, requests, token_ids):

@@ -25,7 +25,9 @@ from fastgen.engine.scheduler import ScheduledRequest
 # No torch.
 
 
-@pytest.mark.parametrize("name", ["scheduler", "request", "block_pool"])
+@pytest.mark.parametrize(
+    "name", ["scheduler", "scheduler_output", "request", "request_heap", "block_pool"]
+)
 def test_source_imports_no_torch(name):
     source = (Path(fastgen.__file__).parent / "engine" / f"{name}.py").read_text()
     imported = set()
@@ -57,6 +59,7 @@ def run_workload(seed: int, **classes) -> Simulation:
         **classes,
     )
     capacity = simulation.scheduler.pool.num_usable * simulation.scheduler.block_size
+    priorities = rng.choice([[0], [0, 0, 1, -2]])
     for _ in range(rng.randint(5, 25)):
         for _ in range(rng.randint(0, 3)):
             num_prompt = rng.randint(1, max(1, capacity * 2 // 3))
@@ -69,12 +72,17 @@ def run_workload(seed: int, **classes) -> Simulation:
                 rng=rng,
                 query_token_id=rng.randrange(VOCAB) if rng.random() < 0.2 else None,
                 stop_token_ids=frozenset(rng.sample(range(VOCAB), 3)),
+                priority=rng.choice(priorities),
+                deadline=simulation.now + rng.randint(0, 60) if rng.random() < 0.1 else None,
             )
         for _ in range(rng.randint(0, 8)):
+            simulation.expire()
             simulation.step()
         for request in simulation.live:
             if request in simulation.late and rng.random() < 0.5:
                 simulation.feed(request)
+            if rng.random() < 0.02:
+                simulation.undo_step()
             if rng.random() < 0.05:
                 simulation.scheduler.finish(request, "cancelled")
                 simulation.check_state()
@@ -95,7 +103,7 @@ def test_random_workloads_reach_what_they_are_for():
     reasons = {
         reason for simulation in simulations for reason in simulation.scheduler.stats.finished
     }
-    assert reasons == {"stop", "length", "cancelled"}
+    assert reasons == {"stop", "length", "cancelled", "deadline"}
     assert sum(simulation.scheduler.stats.preemptions for simulation in simulations) > 50
     finished = sum(sum(s.scheduler.stats.finished.values()) for s in simulations)
     assert finished == sum(len(s.requests) for s in simulations) > 200
@@ -269,10 +277,10 @@ def test_youngest_is_preempted_and_starts_over():
     output = simulation.step()
     assert [item.request for item in output.scheduled] == [old]
     assert output.freed_blocks
-    assert young.status is RequestStatus.WAITING
+    assert young.status is RequestStatus.PREEMPTED
     assert (young.num_computed_tokens, young.block_ids, young.num_preemptions) == (0, [], 1)
     assert young.output_token_ids == before, "what was generated is kept"
-    while young.status is RequestStatus.WAITING:
+    while young.status is RequestStatus.PREEMPTED:
         simulation.step()
     assert old.finish_reason == "length"
     assert young.output_token_ids[:2] == before
@@ -324,7 +332,7 @@ def test_late_token_of_a_preempted_request():
     while not late.num_preemptions:
         simulation.step()
     simulation.feed(late)
-    assert late.status is RequestStatus.WAITING
+    assert late.status is RequestStatus.PREEMPTED
     assert len(late.output_token_ids) == 1
     simulation.run_to_end()
     simulation.check_outputs()
