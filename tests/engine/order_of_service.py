@@ -43,11 +43,10 @@ class OrderOfService:
     def before(self) -> None:
         """Note how things are before a step is scheduled."""
         scheduler = self._simulation.scheduler
-        first = min(
-            (*scheduler.running, *((request,) if (request := scheduler.waiting.first()) else ())),
-            key=lambda request: request.service_key,
-            default=None,
-        )
+        candidates = [*scheduler.running]
+        if (waiting := scheduler.waiting.first()) is not None:
+            candidates.append(waiting)
+        first = min(candidates, key=lambda request: request.service_key, default=None)
         if first is not self._first:
             self._first = first
             others = {*scheduler.running} - {first}
@@ -59,10 +58,9 @@ class OrderOfService:
         if not any(request.group for request in scheduler.running):
             self._ready = [request for request in scheduler.running if _has_one_token(request)]
 
-    def after(self, output: SchedulerOutput) -> None:
+    def after(self, output: SchedulerOutput, scheduled: set[Request]) -> None:
         """Check what was scheduled."""
         scheduler, first = self._simulation.scheduler, self._first
-        scheduled = {item.request for item in output.scheduled}
         new = [r for r in scheduler.running if r.admission_order >= self._num_admitted]
         next_waiting = scheduler.waiting.first()
         if new and next_waiting is not None:

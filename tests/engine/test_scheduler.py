@@ -12,9 +12,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from simulation import VOCAB, Simulation
 
 import fastgen
@@ -107,85 +104,6 @@ def test_random_workloads_reach_what_they_are_for():
     assert sum(simulation.scheduler.stats.preemptions for simulation in simulations) > 50
     finished = sum(sum(s.scheduler.stats.finished.values()) for s in simulations)
     assert finished == sum(len(s.requests) for s in simulations) > 200
-
-
-class SchedulerMachine(RuleBasedStateMachine):
-    """Any order of adding, stepping, feeding and cancelling, in tiny pools."""
-
-    @initialize(
-        num_blocks=st.integers(2, 9),
-        block_size=st.integers(1, 4),
-        max_num_seqs=st.integers(1, 4),
-        max_num_batched_tokens=st.integers(1, 12),
-    )
-    def start(self, **limits):
-        self.simulation = Simulation(**limits)
-
-    @rule(
-        num_prompt=st.integers(1, 12),
-        max_tokens=st.integers(1, 12),
-        late=st.booleans(),
-        query=st.one_of(st.none(), st.integers(0, VOCAB - 1)),
-        stop=st.frozensets(st.integers(0, VOCAB - 1), max_size=4),
-        seed=st.integers(0, 100),
-        salt=st.sampled_from([None, b"one", b"two"]),
-    )
-    def add(self, num_prompt, max_tokens, late, query, stop, seed, salt):
-        self.simulation.add(
-            num_prompt,
-            max_tokens,
-            late=late,
-            salt=salt,
-            alike=True,
-            rng=random.Random(seed),
-            query_token_id=query,
-            stop_token_ids=stop,
-        )
-
-    @rule(times=st.integers(1, 5))
-    def step(self, times):
-        for _ in range(times):
-            self.simulation.step()
-
-    @rule(index=st.integers(0, 100))
-    def cancel(self, index):
-        if live := self.simulation.live:
-            self.simulation.scheduler.finish(live[index % len(live)], "cancelled")
-
-    @rule(index=st.integers(0, 100))
-    def cancel_while_a_step_runs(self, index):
-        scheduler, live = self.simulation.scheduler, self.simulation.live
-        output = scheduler.schedule()
-        sampled = self.simulation.runner.run(output)
-        if live:
-            scheduler.finish(live[index % len(live)], "cancelled")
-        scheduler.advance(output)
-        for request, token_id in sampled.items():
-            if request in self.simulation.late:
-                self.simulation.late[request] = token_id
-            else:
-                scheduler.append_token(request, token_id)
-
-    @rule(index=st.integers(0, 100))
-    def feed(self, index):
-        if late := list(self.simulation.late):
-            self.simulation.feed(late[index % len(late)])
-
-    @invariant()
-    def state_is_consistent(self):
-        if hasattr(self, "simulation"):
-            self.simulation.check_state()
-
-    def teardown(self):
-        if hasattr(self, "simulation"):
-            self.simulation.run_to_end()
-            self.simulation.check_outputs()
-
-
-SchedulerMachine.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=30, deadline=None
-)
-TestSchedulerMachine = SchedulerMachine.TestCase
 
 
 # One rule at a time.
