@@ -335,11 +335,14 @@ class Simulation:
         """The arrays say what the running requests say."""
         rows, running = self.scheduler.rows, self.scheduler.running
         assert rows.num_rows == len(running)
+        slots = rows.slot[: rows.num_rows].tolist()
+        assert sorted(slots + rows._free_slots) == list(range(len(rows.block_table)))
         for row, request in enumerate(running):
             blocks = request.block_ids
             assert rows.num_blocks[row] == len(blocks)
-            assert rows.block_table[row, : len(blocks)].tolist() == blocks
-            assert not rows.block_table[row, len(blocks) :].any()
+            table = rows.block_table[rows.slot[row]]
+            assert table[: len(blocks)].tolist() == blocks
+            assert not table[len(blocks) :].any()
             assert rows.num_tokens[row] == request.num_tokens
             assert rows.shares_last[row] == request.shares_last_block
             assert rows.num_computed[row] == request.num_computed_tokens

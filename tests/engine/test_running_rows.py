@@ -312,10 +312,15 @@ class DoesNotMoveUp(RunningRows):
 
 
 class KeepsOldBlocks(RunningRows):
+    def set_blocks(self, row, blocks):
+        self.num_blocks[row] = 0
+        self.add_blocks(row, blocks)
+
+
+class TakesASlotThatIsInUse(RunningRows):
     def remove(self, row):
-        table = self.block_table.copy()
         super().remove(row)
-        self.block_table = table
+        self._free_slots[-1] = int(self.slot[0])
 
 
 class TakesWaitingRows(RunningRows):
@@ -351,6 +356,7 @@ def scheduler_with(rows: type[RunningRows]) -> type[Scheduler]:
         ForgetsTheLimit,
         DoesNotMoveUp,
         KeepsOldBlocks,
+        TakesASlotThatIsInUse,
         TakesWaitingRows,
         ForgetsShifts,
     ],
