@@ -170,7 +170,7 @@ class Scheduler:
         return output
 
     def undo(self, output: SchedulerOutput) -> None:
-        """Take back a step that did not run: its requests lose their blocks and wait again.
+        """Take back the last step, which did not run: its requests give up their blocks and wait.
 
         Blocks that it would have filled were published, and may be shared within the step alone.
         """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 
 import numpy as np
@@ -157,13 +158,16 @@ def run_twins(seed: int, scheduler: type[Scheduler] = Scheduler) -> Twins:
     return twins
 
 
+plain_twins = functools.cache(run_twins)
+
+
 @pytest.mark.parametrize("seed", range(24))
 def test_same_steps_as_request_by_request(seed):
-    run_twins(seed)
+    plain_twins(seed)
 
 
 def test_the_workloads_reach_what_they_are_for():
-    twins = [run_twins(seed) for seed in range(24)]
+    twins = [plain_twins(seed) for seed in range(24)]
     assert sum(each.num_decodes for each in twins) > 3000
     assert sum(each.num_items for each in twins) > 300
     schedulers = [each.simulations[0].scheduler for each in twins]

@@ -327,6 +327,21 @@ class KeepsDeadlinesOfTheEnded(Scheduler):
             self._deadlines.discard = discard
 
 
+class ComputesPromptsFirst(Scheduler):
+    """Who has the most to compute comes first: the others' next tokens wait for it."""
+
+    def _num_decodes(self, budget):
+        return 0
+
+    def _plan(self):
+        running = self.running
+        self.running = sorted(running, key=lambda r: r.num_computed_tokens - r.num_tokens)
+        try:
+            return super()._plan()
+        finally:
+            self.running = running
+
+
 def live(kind: type[Scheduler], num_lives: int = 40) -> None:
     for seed in range(num_lives):
         lives = Lives.drawn(random.Random(seed), scheduler=kind)
@@ -338,7 +353,7 @@ def live(kind: type[Scheduler], num_lives: int = 40) -> None:
 
 @pytest.mark.parametrize(
     "broken",
-    [NeverMakesRoom, PreemptsTheLastLetIn, KeepsDeadlinesOfTheEnded],
+    [NeverMakesRoom, PreemptsTheLastLetIn, KeepsDeadlinesOfTheEnded, ComputesPromptsFirst],
     ids=lambda cls: cls.__name__,
 )
 def test_planted_mistake_is_found(broken):
