@@ -102,12 +102,13 @@ class Request:
             prompt_token_ids only count.
         wants_hidden_states: Its group hears the hidden states of every token.
         priority: Lower is served earlier; the rows of a group have the same.
-        deadline: When it ends whether it is done or not, by the scheduler's clock.
+        deadline: When it ends whether it is done or not. This and all times of the request are
+            seconds of one clock, the scheduler's.
         events: Receives ("token", id, index) for each token if `stream` is set, and
             ("finish", reason, index).
         done: Set when the request has ended.
         service_key: Its fixed place in the order of service; given by the scheduler.
-        admission_order: Counts the times that a request was let in; given by the scheduler.
+        admission_order: Its place among all that were let in; given by the scheduler.
         cache_root: What its block digests begin with; None: it shares no blocks.
         last_is_cached: All tokens were found in the cache, and the last one must be asked.
         needs_fork: Nothing of it runs until it is forked from another request of its group.
