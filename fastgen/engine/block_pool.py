@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 
 NULL_BLOCK = 0
 
@@ -27,7 +27,9 @@ class BlockPool:
         self._holders: Counter[int] = Counter()  # of the blocks in use
         self._digests: dict[int, bytes] = {}  # published block -> digest
         self._published: dict[bytes, int] = {}  # and back
-        self._idle: dict[int, None] = {}  # published blocks that nobody holds, oldest first
+        # Published blocks that nobody holds, oldest first. The first key of a plain dict is found
+        # behind those that left before it: a million blocks would be searched for one.
+        self._idle: OrderedDict[int, None] = OrderedDict()
         self._discarded: list[int] = []
 
     @property

@@ -49,15 +49,29 @@ class StopText(Protocol):
 
 
 class RequestStatus(enum.Enum):
-    """NEW (not queued yet) -> WAITING -> RUNNING (holds blocks) -> FINISHED.
+    """Where a request is in its life; `TRANSITIONS` says what may follow what.
 
-    A preempted request goes from RUNNING to WAITING; any state may go to FINISHED.
+    NEW: not queued yet. WAITING: queued, never let in. RUNNING: has a row and blocks. PREEMPTED:
+    lost both, keeps its tokens and waits again. FINISHED: over, for one of `FINISH_REASONS`.
     """
 
     NEW = "new"
     WAITING = "waiting"
     RUNNING = "running"
+    PREEMPTED = "preempted"
     FINISHED = "finished"
+
+
+TRANSITIONS = {
+    RequestStatus.NEW: {RequestStatus.WAITING, RequestStatus.FINISHED},
+    RequestStatus.WAITING: {RequestStatus.RUNNING, RequestStatus.FINISHED},
+    RequestStatus.RUNNING: {RequestStatus.PREEMPTED, RequestStatus.FINISHED},
+    RequestStatus.PREEMPTED: {RequestStatus.RUNNING, RequestStatus.FINISHED},
+    RequestStatus.FINISHED: set(),
+}
+
+# An end or stop token or string; max_tokens; the caller; its deadline; what went wrong.
+FINISH_REASONS = ("stop", "length", "cancelled", "deadline", "error")
 
 
 @dataclass(eq=False)
@@ -79,7 +93,8 @@ class Request:
         bad_words: Token sequences that must not be generated.
         siblings: All requests of one prompt of which several outputs are wanted, in order, this
             one among them; they share `news`. index: This one's place. Empty if it is alone.
-        priority: Lower is served earlier. deadline: Of the scheduler's clock, when it ends.
+        priority: Lower is served earlier; the rows of a group have the same. deadline: When it
+            ends, done or not; this and all its times are told by the scheduler's clock.
         cache_salt: Only requests of the same salt share blocks.
         prompt_logprobs: Per prompt token so far, None for the first; None: not wanted.
         seed: Of the request's own generator; set when it is submitted.
@@ -89,7 +104,8 @@ class Request:
         wants_hidden_states: Its group hears the hidden states of every token.
         news: Tells of each new token and of the end.
         done: Set when the request has ended.
-        arrival_order: Place in the order of service; given by the scheduler.
+        service_key: Its fixed place in the order of service; given by the scheduler.
+        admission_order: Its place among all that were let in; given by the scheduler.
         cache_root: What its block digests begin with; None: it shares no blocks.
         last_is_cached: All tokens were found in the cache, and the last one must be asked.
         needs_fork: Nothing of it runs until it is forked from another request of its group.
@@ -118,7 +134,8 @@ class Request:
     wants_hidden_states: bool = False
 
     request_id: int = field(default_factory=lambda: next(_request_ids))
-    arrival_order: int = -1
+    service_key: tuple[float, int] = (0.0, -1)
+    admission_order: int = -1
     output_token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     processed_logprobs: list[dict[int, Logprob]] = field(default_factory=list)
@@ -131,7 +148,7 @@ class Request:
     last_is_cached: bool = False
     needs_fork: bool = False
     shares_last_block: bool = False
-    status: RequestStatus = RequestStatus.NEW
+    status: RequestStatus = field(default=RequestStatus.NEW, init=False)
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: BaseException | None = None
@@ -193,11 +210,24 @@ class Request:
         offset = self.first_output_position - num_prompt  # pyright: ignore
         return [i if i < num_prompt else i + offset for i in range(start, end)]
 
-    def end(self, reason: str, error: BaseException | None = None) -> None:
-        """Note that the request is over; its owner has taken its blocks back."""
-        self.status = RequestStatus.FINISHED
+    def move_to(self, status: RequestStatus) -> None:
+        """Change the status; nothing else does."""
+        assert status in TRANSITIONS[self.status], (
+            f"request {self.request_id} went from {self.status.value} to {status.value}"
+        )
+        self.status = status
+
+    def end(
+        self, reason: str, error: BaseException | None = None, *, at: float | None = None
+    ) -> None:
+        """Note that the request is over; its owner has taken its blocks back.
+
+        reason: One of FINISH_REASONS. at: When, if not by the clock of this process.
+        """
+        assert reason in FINISH_REASONS, f"{reason!r} is no reason to end"
+        self.move_to(RequestStatus.FINISHED)
         self.finish_reason, self.error = reason, error
-        self.finish_time = time.perf_counter()
+        self.finish_time = time.perf_counter() if at is None else at
 
     def metrics(self) -> RequestMetrics:
         def ms(end: float | None) -> float | None:

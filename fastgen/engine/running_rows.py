@@ -46,6 +46,7 @@ class RunningRows:
         is_special: 1 while more than the missing tokens decides what runs next.
         is_plain: 1 if only num_left and the stop ids can end it.
         shares_last: 1 if others may hold its last block, which is not full.
+        slot: Where its blocks are in `block_table`; the tables do not move up.
     block_table: [capacity, width] int32. stop_ids: [capacity, MAX_STOP_IDS] int64.
     """
 
@@ -53,21 +54,25 @@ class RunningRows:
         self.num_rows = 0
         self.block_table = np.zeros((16, 16), np.int32)
         self.stop_ids = np.full((16, MAX_STOP_IDS), _NO_TOKEN, np.int64)
-        self._name(np.zeros((9, 16), np.int64))
+        self._name(np.zeros((10, 16), np.int64))
+        self._free_slots = list(range(16))
 
     def _name(self, numbers: np.ndarray) -> None:
         self._numbers = numbers
         self.num_tokens, self.num_computed, self.num_blocks, self.last_token = numbers[:4]
-        self.shift, self.num_left, self.is_special, self.is_plain, self.shares_last = numbers[4:]
+        self.shift, self.num_left, self.is_special, self.is_plain = numbers[4:8]
+        self.shares_last, self.slot = numbers[8:]
 
     def add(self, request: Request) -> None:
         """A row behind the others."""
         row = self.num_rows
         if row == len(self.block_table):
+            self._free_slots = list(range(row, 2 * row))
             self.block_table = np.concatenate([self.block_table, np.zeros_like(self.block_table)])
             self.stop_ids = np.concatenate([self.stop_ids, np.zeros_like(self.stop_ids)])
             self._name(np.concatenate([self._numbers, np.zeros_like(self._numbers)], axis=1))
         self.num_rows += 1
+        self.slot[row] = self._free_slots.pop()
         self.set_blocks(row, request.block_ids)
         self.stop_ids[row] = _NO_TOKEN
         if len(request.stop_token_ids) <= MAX_STOP_IDS:
@@ -77,7 +82,7 @@ class RunningRows:
     def set_blocks(self, row: int, blocks: Sequence[int]) -> None:
         """Blocks in place of those the row has."""
         self.num_blocks[row] = 0
-        self.block_table[row] = 0
+        self.block_table[self.slot[row]] = 0
         self.add_blocks(row, blocks)
 
     def add_blocks(self, row: int, blocks: Sequence[int]) -> None:
@@ -88,7 +93,7 @@ class RunningRows:
             wider = np.zeros((len(self.block_table), 2 * end), np.int32)
             wider[:, : self.block_table.shape[1]] = self.block_table
             self.block_table = wider
-        self.block_table[row, start:end] = blocks
+        self.block_table[self.slot[row], start:end] = blocks
         self.num_blocks[row] = end
 
     def write(self, row: int, request: Request) -> None:
@@ -116,8 +121,9 @@ class RunningRows:
 
     def remove(self, row: int) -> None:
         end = self.num_rows
+        self._free_slots.append(int(self.slot[row]))
         if row < end - 1:
-            for array in (self.block_table, self.stop_ids, self._numbers.T):
+            for array in (self.stop_ids, self._numbers.T):
                 array[row : end - 1] = array[row + 1 : end]
         self.num_rows -= 1
 
@@ -141,7 +147,7 @@ class RunningRows:
             self.last_token[here].copy(),
             self.num_tokens[here] - 1 + self.shift[here],
             self.num_tokens[here].astype(np.int32),
-            self.block_table[here, :width].copy(),
+            self.block_table[self.slot[here], :width],  # a copy: the rows lie anywhere
         )
 
     def append(self, token_ids: np.ndarray) -> np.ndarray:

@@ -1,10 +1,19 @@
-"""Which tokens of which requests run in the next step. No torch, no clock but arrival times.
+"""Which tokens of which requests run in the next step. No torch, and no clock but the caller's.
 
-One rule for everything: each step has a budget of tokens, spent on requests in order of arrival
-until their computed tokens have caught up with their tokens. A prompt that does not fit the budget
-is chunked; a running request that needs a block when none is free takes those of the youngest,
-which starts over later. Requests that wait are always younger than those that run, so the oldest
-one never loses anything and there is always progress.
+One rule for everything: each step has a budget of tokens, spent on the running requests in the
+order in which they were let in, until their computed tokens have caught up with their tokens. A
+prompt that does not fit the budget is chunked; it is the last one, so that the others' next tokens
+do not wait for it. What is left of the budget goes to requests that wait.
+
+Who comes first has the smallest key: the time of arrival, later by PRIORITY_SECONDS for each level
+of priority. A key never changes, so that waiting brings everybody to the front: only requests that
+arrive within a fixed time can come before one that is there. Waiting requests are let in in this
+order and nobody is passed over; when blocks are short, the running request with the largest key
+gives its own up and starts over later. So the first of all never loses anything, nobody is let in
+before it, and those who run end: there is always progress.
+
+Requests of a lockstep group wait for one another. Their keys follow one another, and a request
+that waits may take the place of those with larger keys when nothing else can run.
 
 A request that is let in begins with the blocks of its prefix that were published before it. Blocks
 are published as soon as their tokens are scheduled: a step writes all keys and values before it
@@ -17,9 +26,10 @@ on; of those who are about to write into a block that is not full all but the la
 from __future__ import annotations
 
 import bisect
+import itertools
 import time
-from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,64 +37,15 @@ import numpy as np
 from .block_pool import BlockPool
 from .prefix_cache import block_digests
 from .request import Request, RequestStatus
-from .running_rows import Decodes, RunningRows
+from .request_heap import RequestHeap
+from .running_rows import RunningRows
+from .scheduler_output import ScheduledRequest, SchedulerOutput
+
+# A request of priority 1 is served like one of priority 0 that came so much later.
+PRIORITY_SECONDS = 10.0
 
 # Prompt tokens of a step whose logits are wanted: each costs a row of the vocabulary's size.
 MAX_PROMPT_LOGITS = 256
-
-
-@dataclass(frozen=True)
-class ScheduledRequest:
-    """Tokens [start, start + num_tokens) of a request run in this step.
-
-    samples: the last of them gives the logits of the next token. query: (token id, position) of a
-    token that is asked and not stored, in place of the tokens: the request's own query token, or
-    its last token, whose keys and values were in the cache already. all_logits: the logits of all
-    tokens are wanted, for the prompt's logprobs.
-    """
-
-    request: Request
-    start: int
-    num_tokens: int
-    samples: bool
-    query: tuple[int, int] | None = None
-    all_logits: bool = False
-
-    @property
-    def num_logits(self) -> int:
-        """Rows of logits that this item gives."""
-        return self.num_tokens if self.all_logits else int(self.samples)
-
-
-@dataclass
-class SchedulerOutput:
-    """One step: what runs, and the blocks whose content was given up since the last one.
-
-    block_copies: (source, target) of blocks to copy before the step: all sources are read first,
-    then freed blocks may lose their content, a target never. decodes: The oldest requests, if they
-    run their last token; nearly all of most steps. items: Of the requests that follow them.
-    """
-
-    items: list[ScheduledRequest] = field(default_factory=list)
-    freed_blocks: list[int] = field(default_factory=list)
-    block_copies: list[tuple[int, int]] = field(default_factory=list)
-    decodes: Decodes = field(default_factory=lambda: RunningRows().decodes([]))
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.decodes) + sum(item.num_tokens for item in self.items)
-
-    @property
-    def num_seqs(self) -> int:
-        return len(self.decodes) + len(self.items)
-
-    @property
-    def scheduled(self) -> list[ScheduledRequest]:
-        """All of the step in one form, for those who have time."""
-        decodes = zip(self.decodes.requests, self.decodes.seq_lens.tolist(), strict=True)
-        return [ScheduledRequest(r, length - 1, 1, samples=True) for r, length in decodes] + [
-            *self.items
-        ]
 
 
 @dataclass
@@ -112,7 +73,11 @@ class SchedulerStats:
 
 
 class Scheduler:
-    """The only owner of requests' states and blocks."""
+    """The only owner of requests' states and blocks.
+
+    clock: Seconds; what deadlines and all times of requests are told by.
+    running: In the order in which they were let in. waiting: In the order of service.
+    """
 
     def __init__(
         self,
@@ -122,16 +87,20 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         stats: SchedulerStats | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.pool = pool
         self.block_size = block_size
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.waiting: deque[Request] = deque()
+        self.clock = clock
+        self.waiting = RequestHeap(_service_key)
         self.running: list[Request] = []
         self.rows = RunningRows()
         self.stats = stats or SchedulerStats()
-        self._num_arrived = 0
+        self._deadlines = RequestHeap(lambda request: request.deadline)
+        self._num_arrived = self._num_admitted = 0
+        self._arrival_time = 0.0
 
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -146,38 +115,69 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def add(self, request: Request) -> None:
-        """Queue a request; it must fit the pool on its own."""
+        """Queue a request, which must fit the pool on its own.
+
+        The rows of a group must follow one another: no other request may come between them.
+        """
         assert self.fits([request]), "a request larger than the pool was let in"
-        request.status = RequestStatus.WAITING
-        request.arrival_order = self._num_arrived
+        if request.row == 0:
+            self._arrival_time = self.clock()
+        key_time = self._arrival_time + request.priority * PRIORITY_SECONDS
+        request.service_key = key_time, self._num_arrived
         self._num_arrived += 1
-        self.waiting.append(request)
+        request.move_to(RequestStatus.WAITING)
+        self.waiting.push(request)
+        if request.deadline is not None:
+            self._deadlines.push(request)
+
+    def expired(self, now: float | None = None) -> list[Request]:
+        """The requests whose deadline has come, to be finished with the reason "deadline"."""
+        now = self.clock() if now is None else now
+        requests = []
+        while (deadline := self.next_deadline()) is not None and deadline <= now:
+            request = self._deadlines.first()
+            assert request is not None
+            self._deadlines.discard(request)
+            requests.append(request)
+        return requests
+
+    def next_deadline(self) -> float | None:
+        """The earliest deadline of a request that has not ended, by the clock."""
+        request = self._deadlines.first()
+        return None if request is None else request.deadline
 
     def schedule(self) -> SchedulerOutput:
-        """Spend one step's budget; the caller must run it and call `advance`."""
-        output = SchedulerOutput()
-        budget = _Budget(self.max_num_batched_tokens, MAX_PROMPT_LOGITS)
-        index = self._schedule_decodes(output, budget)
-        while index < len(self.running) and budget.tokens > 0:
-            request = self.running[index]
-            item = self._next_tokens(request, budget)
-            if item is not None:
-                if not self._reserve(request, item, output):
-                    break  # the request itself was the youngest and gave up its blocks
-                self._add(output, item, budget)
-            index += 1
-        while self.waiting and len(self.running) < self.max_num_seqs and budget.tokens > 0:
-            if not self._let_in(request := self.waiting[0]):
+        """Spend one step's budget; the caller must run it and call `advance`, or `undo`."""
+        plan = self._plan()
+        while self._num_missing_blocks(plan) > self.pool.num_free:
+            self._preempt(self._last_of_running())
+            plan = self._plan()
+        output, budget = SchedulerOutput(), plan.budget
+        self._take_decodes(plan, output)
+        for item in plan.items:
+            self._take(item, output)
+        while budget.tokens > 0 and (request := self.waiting.first()) is not None:
+            if len(self.running) < self.max_num_seqs and self._let_in(request):
+                item = self._next_tokens(request, budget)
+                if item is not None:
+                    budget.spend(item)
+                    self._take(item, output)
+            elif output.num_seqs or not self._make_room(request):
                 break
-            item = self._next_tokens(request, budget)
-            if item is not None:
-                allocated = self._allocate(request, item, output)
-                assert allocated, "a request was let in without the blocks for it"
-                self._add(output, item, budget)
         output.freed_blocks = self.pool.take_discarded()
         self.stats.block_copies += len(output.block_copies)
         self._count_waste(output)
         return output
+
+    def undo(self, output: SchedulerOutput) -> None:
+        """Take back the last step, which did not run: its requests give up their blocks and wait.
+
+        Blocks that it would have filled were published, and may be shared within the step alone.
+        """
+        for item in output.scheduled:
+            if item.request.status is RequestStatus.RUNNING:
+                self.pool.forget(item.request.block_ids)
+                self._preempt(item.request)
 
     def advance(self, output: SchedulerOutput) -> None:
         """Record that a step ran: its tokens are in the cache."""
@@ -219,7 +219,7 @@ class Scheduler:
             return request.finish_reason
         request.output_token_ids.append(token_id)
         if request.first_token_time is None:
-            request.first_token_time = time.perf_counter()
+            request.first_token_time = self.clock()
         reason = None
         if token_id in request.stop_token_ids:
             reason = "stop"
@@ -274,12 +274,13 @@ class Scheduler:
         match request.status:
             case RequestStatus.RUNNING:
                 self._leave(request)
-            case RequestStatus.WAITING:
-                self.waiting.remove(request)
+            case RequestStatus.WAITING | RequestStatus.PREEMPTED:
+                self.waiting.discard(request)
+        self._deadlines.discard(request)
         if error is not None:
             self.pool.forget(request.block_ids)  # the step that was to fill them may have failed
         self._free(request)
-        request.end(reason, error)
+        request.end(reason, error, at=self.clock())
         self.stats.finished[reason] += 1
 
     def _let_in(self, request: Request) -> bool:
@@ -290,11 +291,11 @@ class Scheduler:
             fresh = 0
         if fresh > self.pool.num_free - self.pool.num_idle(shared):
             return False
-        self.waiting.popleft()
-        request.status = RequestStatus.RUNNING
+        self.waiting.discard(request)
+        request.move_to(RequestStatus.RUNNING)
         num_cached = len(shared) * self.block_size
         if request.scheduled_time is None:
-            request.scheduled_time = time.perf_counter()
+            request.scheduled_time = self.clock()
             if not request.needs_fork:
                 request.num_cached_tokens = num_cached
                 self.stats.prefix_tokens += request.num_tokens
@@ -304,10 +305,25 @@ class Scheduler:
         request.num_published_blocks = len(shared)
         request.num_computed_tokens = num_cached
         request.last_is_cached = num_cached == request.num_tokens and not request.needs_query
-        assert not self.running or _age(self.running[-1]) < _age(request), "an older one waited"
+        request.admission_order = self._num_admitted
+        self._num_admitted += 1
         self.running.append(request)
         self.rows.add(request)
         return True
+
+    def _make_room(self, request: Request) -> bool:
+        """Preempt a running request that comes after this one, which waits and cannot be let in.
+
+        Only while nothing else can run: those who hold rows and blocks may wait for this request.
+        """
+        last = self._last_of_running()
+        if _service_key(last) < _service_key(request):
+            return False
+        self._preempt(last)
+        return True
+
+    def _last_of_running(self) -> Request:
+        return max(self.running, key=_service_key)
 
     def _leave(self, request: Request) -> None:
         row = self._row(request)
@@ -316,10 +332,10 @@ class Scheduler:
 
     def _row(self, request: Request) -> int:
         """The place of a running request."""
-        return bisect.bisect_left(self.running, _age(request), key=_age)
+        return bisect.bisect_left(self.running, request.admission_order, key=_admission_order)
 
     def _are_first(self, requests: list[Request]) -> bool:
-        """Whether these are the oldest running requests, in order."""
+        """Whether these are the first running requests, in order."""
         return self.running[: len(requests)] == requests
 
     def _published_prefix(self, request: Request) -> list[int]:
@@ -327,32 +343,55 @@ class Scheduler:
             return []  # every prompt token must be computed, or none
         return self.pool.find(block_digests(request, request.num_tokens, self.block_size))
 
-    def _schedule_decodes(self, output: SchedulerOutput, budget: _Budget) -> int:
-        """The oldest requests that have just their last token to run, and how many they are.
+    def _plan(self) -> _Plan:
+        """What the running requests would run if there were the blocks for it."""
+        budget = _Budget(self.max_num_batched_tokens, MAX_PROMPT_LOGITS)
+        count = self._num_decodes(budget)
+        budget.tokens -= count
+        items = []
+        for request in itertools.islice(self.running, count, None):
+            if not budget.tokens:
+                break
+            item = self._next_tokens(request, budget)
+            if item is not None:
+                budget.spend(item)
+                items.append(item)
+        opens = self.rows.num_blocks[:count] * self.block_size < self.rows.num_tokens[:count]
+        return _Plan(opens, self.rows.shares_last[:count] > 0, items, budget)
 
-        None if there are not the blocks for all of them: then the youngest gives up its own.
-        """
-        count = min(self.rows.num_ready(), budget.tokens)
+    def _num_decodes(self, budget: _Budget) -> int:
+        """How many requests, from the first on, have just their last token to run."""
+        return min(self.rows.num_ready(), budget.tokens)
+
+    def _num_missing_blocks(self, plan: _Plan) -> int:
+        """Blocks that a plan takes beside those that its requests hold."""
+        writers = [self.running[row] for row in np.flatnonzero(plan.shares)]
+        num_opened = int(np.count_nonzero(plan.opens))
+        for item in plan.items:
+            num_opened += self._num_to_open(item)
+            if self._writes_into_last(item):
+                writers.append(item.request)
+        last_blocks = Counter(request.block_ids[-1] for request in writers)
+        return num_opened + sum(
+            min(num_writers, self.pool.num_holders(block) - 1)
+            for block, num_writers in last_blocks.items()
+        )
+
+    def _take_decodes(self, plan: _Plan, output: SchedulerOutput) -> None:
+        count = len(plan.opens)
         num_tokens = self.rows.num_tokens[:count]
-        opens = self.rows.num_blocks[:count] * self.block_size < num_tokens
-        shares = self.rows.shares_last[:count] > 0
-        if not count or np.count_nonzero(opens | shares) > self.pool.num_free:
-            return 0
         fills = num_tokens % self.block_size == 0
-        for row in np.flatnonzero(opens | fills | shares).tolist():
+        for row in np.flatnonzero(plan.opens | fills | plan.shares).tolist():
             request = self.running[row]
-            if shares[row]:
+            if plan.shares[row]:
                 self._own_last_block(request, row, output)
-            if opens[row]:
-                blocks = self.pool.allocate(1)
-                assert blocks is not None, "free blocks were counted and not found"
+            if plan.opens[row]:
+                blocks = self._allocate(1)
                 request.block_ids.extend(blocks)
                 self.rows.add_blocks(row, blocks)
             if fills[row]:
                 self._publish(request, int(num_tokens[row]))
         output.decodes = self.rows.decodes(self.running[:count])
-        budget.tokens -= count
-        return count
 
     def _next_tokens(self, request: Request, budget: _Budget) -> ScheduledRequest | None:
         """The next piece of a request's work, or None if it waits for its token or its turn."""
@@ -380,13 +419,18 @@ class Scheduler:
             return None
         return ScheduledRequest(request, start, 1, samples=True, query=query)
 
-    def _add(self, output: SchedulerOutput, item: ScheduledRequest, budget: _Budget) -> None:
+    def _take(self, item: ScheduledRequest, output: SchedulerOutput) -> None:
+        """Give an item its blocks and have it run."""
+        request = item.request
+        if self._writes_into_last(item):
+            self._own_last_block(request, self._row(request), output)
+        if count := self._num_to_open(item):
+            blocks = self._allocate(count)
+            request.block_ids.extend(blocks)
+            self.rows.add_blocks(self._row(request), blocks)
         output.items.append(item)
-        budget.tokens -= item.num_tokens
-        if item.all_logits:
-            budget.prompt_logits -= item.num_tokens
         if item.query is None:
-            self._publish(item.request, item.start + item.num_tokens)
+            self._publish(request, item.start + item.num_tokens)
 
     def _publish(self, request: Request, num_tokens: int) -> None:
         """Let others find the blocks that this step fills."""
@@ -395,10 +439,15 @@ class Scheduler:
             self.pool.publish(request.block_ids[index], digests[index])
             request.num_published_blocks = index + 1
 
-    def _missing_blocks(self, request: Request, item: ScheduledRequest) -> int:
+    def _num_to_open(self, item: ScheduledRequest) -> int:
+        """Blocks that an item's request needs behind those that it has."""
         if item.query is not None:
             return 0
-        return self.num_blocks_for(item.start + item.num_tokens) - len(request.block_ids)
+        return self.num_blocks_for(item.start + item.num_tokens) - len(item.request.block_ids)
+
+    def _writes_into_last(self, item: ScheduledRequest) -> bool:
+        """Whether an item writes into a block that others may hold."""
+        return item.query is None and item.request.shares_last_block
 
     def _must_copy(self, request: Request) -> bool:
         """Whether others hold the block that the request's next token goes into."""
@@ -407,8 +456,7 @@ class Scheduler:
     def _own_last_block(self, request: Request, row: int, output: SchedulerOutput) -> None:
         """Before a request writes into its last block, which others may hold."""
         if self._must_copy(request):
-            blocks = self.pool.allocate(1)
-            assert blocks is not None, "free blocks were counted and not found"
+            blocks = self._allocate(1)
             shared = request.block_ids[-1]
             output.block_copies.append((shared, blocks[0]))
             self.pool.free([shared])
@@ -417,39 +465,20 @@ class Scheduler:
         request.shares_last_block = False
         self.rows.shares_last[row] = 0
 
-    def _allocate(self, request: Request, item: ScheduledRequest, output: SchedulerOutput) -> bool:
-        writes_into_last = item.query is None and request.shares_last_block
-        needed = self._missing_blocks(request, item)
-        if needed + (writes_into_last and self._must_copy(request)) > self.pool.num_free:
-            return False
-        if writes_into_last:
-            self._own_last_block(request, self._row(request), output)
-        blocks = self.pool.allocate(needed)
+    def _allocate(self, count: int) -> list[int]:
+        blocks = self.pool.allocate(count)
         assert blocks is not None, "free blocks were counted and not found"
-        if blocks:
-            request.block_ids.extend(blocks)
-            self.rows.add_blocks(self._row(request), blocks)
-        return True
-
-    def _reserve(self, request: Request, item: ScheduledRequest, output: SchedulerOutput) -> bool:
-        """Blocks for a running request, from the youngest if need be; False if that is itself."""
-        while not self._allocate(request, item, output):
-            victim = self.running[-1]
-            self._preempt(victim)
-            if victim is request:
-                return False
-        return True
+        return blocks
 
     def _preempt(self, request: Request) -> None:
         self._leave(request)
         self._free(request)
-        request.status = RequestStatus.WAITING
+        request.move_to(RequestStatus.PREEMPTED)
         request.num_computed_tokens = 0
         request.query_done = request.last_is_cached = request.shares_last_block = False
         request.num_preemptions += 1
         self.stats.preemptions += 1
-        index = bisect.bisect_left(self.waiting, _age(request), key=_age)
-        self.waiting.insert(index, request)
+        self.waiting.push(request)
 
     def _free(self, request: Request) -> None:
         self.pool.free(request.block_ids)
@@ -499,6 +528,29 @@ class _Budget:
     tokens: int
     prompt_logits: int
 
+    def spend(self, item: ScheduledRequest) -> None:
+        self.tokens -= item.num_tokens
+        if item.all_logits:
+            self.prompt_logits -= item.num_tokens
 
-def _age(request: Request) -> int:
-    return request.arrival_order
+
+@dataclass
+class _Plan:
+    """A step of the running requests: a token of each of the first N, then items of others.
+
+    opens, shares: [N] bool, whether its token opens a block; whether others may hold the block
+    that it goes into. budget: What is left.
+    """
+
+    opens: np.ndarray
+    shares: np.ndarray
+    items: list[ScheduledRequest]
+    budget: _Budget
+
+
+def _service_key(request: Request) -> tuple[float, int]:
+    return request.service_key
+
+
+def _admission_order(request: Request) -> int:
+    return request.admission_order

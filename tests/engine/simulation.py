@@ -9,32 +9,46 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Iterable
+from weakref import WeakKeyDictionary
+
+from order_of_service import OrderOfService
 
 from fastgen.config import SamplingParams
 from fastgen.engine.block_pool import BlockPool
 from fastgen.engine.request import Request, RequestStatus
-from fastgen.engine.scheduler import Scheduler, SchedulerOutput
+from fastgen.engine.scheduler import ScheduledRequest, Scheduler, SchedulerOutput
 
 VOCAB = 97
 
 
 def next_token(ids: list[int], query: int | None = None) -> int:
     """A model of ints: depends on every id and on the order."""
-    state = 1 if query is None else 1000 + query
+    return _token(_read(_first_state(query), ids))
+
+
+def _first_state(query: int | None) -> int:
+    return 1 if query is None else 1000 + query
+
+
+def _read(state: int, ids: Iterable[int]) -> int:
     for token_id in ids:
         state = (state * 31 + token_id + 7) % 1_000_003
+    return state
+
+
+def _token(state: int) -> int:
     return state % VOCAB
 
 
 def expected_output(request: Request) -> list[int]:
     """What a request generates when nothing else runs."""
-    ids, output = list(request.prompt_token_ids), []
-    query = request.query_token_id
-    while len(output) < request.sampling.max_tokens:
-        output.append(next_token(ids + output, query))
-        query = None
-        if output[-1] in request.stop_token_ids:
-            break
+    prompt, query = request.prompt_token_ids, request.query_token_id
+    output = [next_token(prompt, query)]
+    state = _read(_first_state(None), [*prompt, *output])
+    while len(output) < request.sampling.max_tokens and output[-1] not in request.stop_token_ids:
+        output.append(_token(state))
+        state = _read(state, output[-1:])
     return output
 
 
@@ -44,6 +58,8 @@ class IntRunner:
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.block_size = block_size
         self.slots: list[int | None] = [None] * (num_blocks * block_size)
+        # Of each request how many of its tokens were read, and the model's state then.
+        self._known: WeakKeyDictionary[Request, tuple[int, int]] = WeakKeyDictionary()
 
     def _slot(self, request: Request, index: int) -> int:
         return request.block_ids[index // self.block_size] * self.block_size + (
@@ -53,39 +69,67 @@ class IntRunner:
     def _block(self, block: int) -> list[int | None]:
         return self.slots[block * self.block_size : (block + 1) * self.block_size]
 
-    def run(self, output: SchedulerOutput) -> dict[Request, int]:
-        """Write the scheduled tokens and give the next token of every request that samples."""
+    def run(self, output: SchedulerOutput, verify: bool = True) -> dict[Request, int]:
+        """Write the scheduled tokens and give the next token of every request that samples.
+
+        verify: Read all that the requests hold, not just what they write.
+        """
+        self.prepare_blocks(output)
+        sampled, scheduled = {}, output.scheduled
+        for item in scheduled:  # a step writes everything before it reads anything
+            if item.query is None:
+                self._write(item)
+        for item in scheduled:
+            request, end = item.request, item.start
+            if item.query is None:
+                end += item.num_tokens
+            if verify:
+                self.verify(request, end)
+            if item.samples:
+                assert end == request.num_tokens, "sampled before it had caught up"
+                query = item.query[0] if item.query and request.needs_query else None
+                sampled[request] = self._next_token(request, query)
+        return sampled
+
+    def prepare_blocks(self, output: SchedulerOutput) -> None:
         copied = [(self._block(source), target) for source, target in output.block_copies]
         empty: list[int | None] = [None] * self.block_size
         for ids, block in [(empty, block) for block in output.freed_blocks] + copied:
             start = block * self.block_size
             self.slots[start : start + self.block_size] = ids
-        sampled = {}
-        for item in output.scheduled:  # a step writes everything before it reads anything
-            if item.query is None:
-                ids = item.request.token_ids(item.start, item.start + item.num_tokens)
-                for index, token_id in enumerate(ids, item.start):
-                    slot = self._slot(item.request, index)
-                    assert self.slots[slot] is None, "a slot that holds something was written"
-                    self.slots[slot] = token_id
-        for item in output.scheduled:
-            request, end = item.request, item.start
-            if item.query is None:
-                end += item.num_tokens
-            seen = [self.slots[self._slot(request, index)] for index in range(end)]
-            assert seen == request.token_ids(0, end), "the cache does not hold the request's tokens"
-            if item.samples:
-                assert end == request.num_tokens, "sampled before it had caught up"
-                query = item.query[0] if item.query and request.needs_query else None
-                sampled[request] = next_token(request.token_ids(0, end), query)
-        return sampled
+
+    def _write(self, item: ScheduledRequest) -> None:
+        ids = item.request.token_ids(item.start, item.start + item.num_tokens)
+        for index, token_id in enumerate(ids, item.start):
+            slot = self._slot(item.request, index)
+            assert self.slots[slot] is None, "a slot that holds something was written"
+            self.slots[slot] = token_id
+
+    def verify(self, request: Request, end: int) -> None:
+        seen = [
+            token_id
+            for block in request.block_ids[: -(-end // self.block_size)]
+            for token_id in self._block(block)
+        ]
+        assert seen[:end] == request.token_ids(0, end), "the cache does not hold the tokens"
+
+    def _next_token(self, request: Request, query: int | None) -> int:
+        if query is not None or request.group is not None:
+            return next_token(request.token_ids(0, request.num_tokens), query)
+        num_known, state = self._known.get(request, (0, _first_state(None)))
+        state = _read(state, request.token_ids(num_known, request.num_tokens))
+        self._known[request] = request.num_tokens, state
+        return _token(state)
 
 
 class Simulation:
     """A scheduler and its runner; every step is checked against all invariants.
 
     Requests in `late` are never given their token by `step`: `feed` does that, as the caller of a
-    lockstep group would.
+    lockstep group would. Time is the number of steps.
+
+    check_every: In the steps between only what costs little is checked: the order of service, the
+    budget, the blocks' number, and that no slot is written that holds something.
     """
 
     def __init__(
@@ -97,16 +141,23 @@ class Simulation:
         max_num_batched_tokens: int = 16,
         scheduler: type[Scheduler] = Scheduler,
         pool: type[BlockPool] = BlockPool,
+        check_every: int = 1,
     ) -> None:
+        self.now = 0.0
         self.scheduler = scheduler(
             pool(num_blocks),
             block_size=block_size,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+            clock=lambda: self.now,
         )
         self.runner = IntRunner(num_blocks, block_size)
         self.requests: list[Request] = []
         self.late: dict[Request, int | None] = {}
+        self.service = OrderOfService(self)
+        self.check_every = check_every
+        self.num_steps = 0
+        self.shared: set[int] = set()  # blocks that became shared because they were published
 
     def add(
         self,
@@ -124,7 +175,8 @@ class Simulation:
         if alike:
             same = rng.randint(0, num_prompt)
             prompt[:same] = [(7 * i) % VOCAB for i in range(same)]
-        request = Request(prompt, SamplingParams(max_tokens=max_tokens, temperature=0.0), **fields)
+        params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+        request = Request(prompt, params, arrival_time=self.now, **fields)
         request.cache_root = salt
         if not self.scheduler.fits([request]):
             return request
@@ -140,25 +192,52 @@ class Simulation:
 
     def step(self) -> SchedulerOutput:
         """Schedule, run, advance and append; check everything in between."""
-        oldest = self.live[0] if self.live else None
-        preemptions = oldest.num_preemptions if oldest else 0
-        output = self.scheduler.schedule()
-        self.check_output(output)
-        self.check_state()
-        if oldest is not None:
-            assert oldest.num_preemptions == preemptions, "the oldest lost its blocks"
-            if oldest.num_computed_tokens < oldest.num_tokens or oldest.needs_query:
-                assert output.scheduled, "no progress"
-                assert output.scheduled[0].request is oldest, "the oldest did not come first"
-        sampled = self.runner.run(output)
+        output, full = self.schedule()
+        sampled = self.runner.run(output, verify=full)
         self.scheduler.advance(output)
         for request in [request for request in sampled if request in self.late]:
             self.late[request] = sampled.pop(request)
         requests, token_ids = list(sampled), list(sampled.values())
         for place in self.scheduler.append_tokens(requests, token_ids):
             self.scheduler.append_token(requests[place], token_ids[place])
-        self.check_state()
+        if full:
+            self.check_state()
         return output
+
+    def schedule(self) -> tuple[SchedulerOutput, bool]:
+        """What runs next, checked, and whether all of this step is to be checked."""
+        self.now += 1.0
+        self.num_steps += 1
+        full = self.num_steps % self.check_every == 0
+        self.service.before()
+        output = self.scheduler.schedule()
+        scheduled = output.scheduled
+        self.check_output(output, scheduled)
+        self.service.after(output, {item.request for item in scheduled})
+        if full:
+            self.check_state()
+        return output, full
+
+    def undo_step(self) -> None:
+        """A step that fails before it writes anything."""
+        output, _ = self.schedule()
+        self.note_shared()
+        self.runner.prepare_blocks(output)
+        self.scheduler.undo(output)
+        self.service.forget()
+        assert not any(item.request.block_ids for item in output.scheduled)
+        self.check_state()
+
+    def expire(self) -> list[Request]:
+        """End what is too late, as the engine does before a step."""
+        expired = self.scheduler.expired(self.now)
+        for request in expired:
+            assert request.deadline is not None
+            assert request.deadline <= self.now
+            self.scheduler.finish(request, "deadline")
+        following = self.scheduler.next_deadline()
+        assert following is None or following > self.now
+        return expired
 
     def feed(self, request: Request) -> None:
         """Append the late token of a request, whether it still has its blocks or not."""
@@ -173,18 +252,20 @@ class Simulation:
             if not self.scheduler.has_requests:
                 return steps
             self.step()
-            for request in self.late:
+            for request in list(self.late):
                 self.feed(request)
         raise AssertionError(f"not done after {limit} steps")
 
-    def check_output(self, output: SchedulerOutput) -> None:
+    def check_output(self, output: SchedulerOutput, scheduled: list[ScheduledRequest]) -> None:
         scheduler = self.scheduler
-        scheduled = [item.request for item in output.scheduled]
-        assert len(scheduled) == len(set(scheduled)), "a request runs twice in a step"
-        assert output.num_tokens == sum(item.num_tokens for item in output.scheduled)
+        requests = [item.request for item in scheduled]
+        assert len(requests) == len(set(requests)), "a request runs twice in a step"
+        assert output.num_tokens == sum(item.num_tokens for item in scheduled)
         assert output.num_tokens <= scheduler.max_num_batched_tokens
-        assert len(scheduled) <= scheduler.max_num_seqs
-        for item in output.scheduled:
+        assert len(requests) <= scheduler.max_num_seqs
+        pool = scheduler.pool
+        assert pool.num_free + pool.num_used == pool.num_usable
+        for item in scheduled:
             request, end = item.request, item.start + item.num_tokens
             assert request.status is RequestStatus.RUNNING
             assert item.num_tokens > 0
@@ -205,21 +286,38 @@ class Simulation:
         assert pool._holders == holders
         for request in self.requests:
             assert request.cache_root or not request.num_cached_tokens, "shared what it must not"
+        self.note_shared()
         for block, count in holders.items():
-            if count > 1 and block not in pool._digests:
+            if count > 1 and block not in self.shared:
                 self.check_forked(block)
         assert len(scheduler.running) <= scheduler.max_num_seqs
-        running, waiting = list(scheduler.running), list(scheduler.waiting)
-        by_status = {RequestStatus.RUNNING: running, RequestStatus.WAITING: waiting}
-        for status, queue in by_status.items():
-            assert [r for r in self.requests if r.status is status] == queue, "order of arrival"
-        if running and waiting:
-            assert running[-1].request_id < waiting[0].request_id, "an older request waits"
+        self.check_queues()
         self.check_rows()
         for request in self.requests:
             if request.status is not RequestStatus.RUNNING:
                 assert not request.block_ids
             assert (request.status is RequestStatus.FINISHED) == (request.finish_reason is not None)
+
+    def note_shared(self) -> None:
+        """Before blocks are forgotten: those that are published now are shared rightly."""
+        pool = self.scheduler.pool
+        held = {block for block, count in pool._holders.items() if count > 1}
+        self.shared = held & (self.shared | pool._digests.keys())
+
+    def check_queues(self) -> None:
+        """Who waits and who runs, and in which order."""
+        running, waiting = self.scheduler.running, list(self.scheduler.waiting)
+        live = sorted(self.live, key=lambda request: request.service_key)
+        waits = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+        assert waiting == [request for request in live if request.status in waits]
+        assert len(self.scheduler.waiting) == len(waiting)
+        assert set(running) == {r for r in live if r.status is RequestStatus.RUNNING}
+        deadlines = [request.deadline for request in live if request.deadline is not None]
+        assert self.scheduler.next_deadline() == min(deadlines, default=None)
+        admitted = [request.admission_order for request in running]
+        assert admitted == sorted(set(admitted)), "order of admission"
+        if len({request.priority for request in live}) == 1 and not self.service.is_disturbed:
+            assert [*running, *waiting] == live, "first come, first served"
 
     def check_forked(self, block: int) -> None:
         """Requests of one group hold an unpublished block together, for the same tokens."""
@@ -237,11 +335,14 @@ class Simulation:
         """The arrays say what the running requests say."""
         rows, running = self.scheduler.rows, self.scheduler.running
         assert rows.num_rows == len(running)
+        slots = rows.slot[: rows.num_rows].tolist()
+        assert sorted(slots + rows._free_slots) == list(range(len(rows.block_table)))
         for row, request in enumerate(running):
             blocks = request.block_ids
             assert rows.num_blocks[row] == len(blocks)
-            assert rows.block_table[row, : len(blocks)].tolist() == blocks
-            assert not rows.block_table[row, len(blocks) :].any()
+            table = rows.block_table[rows.slot[row]]
+            assert table[: len(blocks)].tolist() == blocks
+            assert not table[len(blocks) :].any()
             assert rows.num_tokens[row] == request.num_tokens
             assert rows.shares_last[row] == request.shares_last_block
             assert rows.num_computed[row] == request.num_computed_tokens
@@ -253,9 +354,12 @@ class Simulation:
 
     def check_outputs(self) -> None:
         for request in self.requests:
-            expected = expected_output(request)
-            if request.finish_reason == "cancelled":
-                expected = expected[: len(request.output_token_ids)]
-            assert request.output_token_ids == expected
+            self.check_tokens(request)
         assert not any(r.status is not RequestStatus.FINISHED for r in self.requests)
         assert self.scheduler.pool.num_used == 0
+
+    def check_tokens(self, request: Request) -> None:
+        expected = expected_output(request)
+        if request.finish_reason in ("cancelled", "deadline", "error"):
+            expected = expected[: len(request.output_token_ids)]
+        assert request.output_token_ids == expected

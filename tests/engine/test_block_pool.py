@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections import OrderedDict
+
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -227,6 +230,14 @@ class PoolMachine(RuleBasedStateMachine):
         self.model.idle = [block for block in self.model.idle if block not in blocks]
         self.model.hands.append(blocks)
 
+    @rule(index=st.integers(0, 99), start=st.integers(0, 3))
+    def hold(self, index, start):
+        """A fork: what one holds, from some block on, is held by one more."""
+        if hands := self.model.hands:
+            blocks = hands[index % len(hands)][start:]
+            self.pool.hold(blocks)
+            self.model.hands.append(blocks)
+
     @rule(index=st.integers(0, 99))
     def find_ends_at_the_first_unknown(self, index):
         known = sorted(self.model.published)
@@ -259,6 +270,8 @@ class PoolMachine(RuleBasedStateMachine):
             assert pool.num_used == len(model.held)
             assert pool.num_free == pool.num_usable - len(model.held)
             assert pool.num_cached == len(model.published)
+            for block in range(1, pool.num_blocks):
+                assert pool.num_holders(block) == sum(block in hand for hand in model.hands)
             for digest, block in model.published.items():
                 assert pool.find([digest]) == [block]
 
@@ -272,7 +285,12 @@ class PoolMachine(RuleBasedStateMachine):
             assert sorted(blocks or []) == list(range(1, self.pool.num_blocks))
 
 
-PoolMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+# test_scheduler_life.py says what the variable is for; a pool of nine blocks needs less.
+NUM_EXAMPLES = max(1, int(os.environ.get("FASTGEN_TEST_STEPS", "100000")) // 1000)
+
+PoolMachine.TestCase.settings = settings(
+    max_examples=NUM_EXAMPLES, stateful_step_count=30, deadline=None
+)
 TestPoolMachine = PoolMachine.TestCase
 
 
@@ -322,16 +340,16 @@ def test_misuse_is_our_own_mistake(call):
 
 class EvictsTheYoungest(BlockPool):
     def allocate(self, count):
-        self._idle = dict(reversed(self._idle.items()))
+        self._idle = OrderedDict(reversed(self._idle.items()))
         try:
             return super().allocate(count)
         finally:
-            self._idle = dict(reversed(self._idle.items()))
+            self._idle = OrderedDict(reversed(self._idle.items()))
 
 
 class KeepsSharedIdle(BlockPool):
     def share(self, blocks):
-        idle = dict(self._idle)
+        idle = OrderedDict(self._idle)
         super().share(blocks)
         self._idle = idle
 
@@ -349,9 +367,14 @@ class FreesForAll(BlockPool):
         super().free(blocks)
 
 
+class HoldsWithoutCounting(BlockPool):
+    def hold(self, blocks):
+        pass
+
+
 @pytest.mark.parametrize(
     "broken",
-    [EvictsTheYoungest, KeepsSharedIdle, KeepsWhatIsForgotten, FreesForAll],
+    [EvictsTheYoungest, KeepsSharedIdle, KeepsWhatIsForgotten, FreesForAll, HoldsWithoutCounting],
     ids=lambda c: c.__name__,
 )
 def test_planted_mistake_in_sharing_is_found(broken):

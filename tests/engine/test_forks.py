@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import time
 from typing import Any
@@ -32,13 +33,16 @@ from fastgen.engine.scheduler import Scheduler
 # The scheduler, with ints only.
 
 
+plain_workload = functools.cache(run_fork_workload)
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_random_forks(seed):
-    run_fork_workload(seed)
+    plain_workload(seed)
 
 
 def test_random_forks_reach_what_they_are_for():
-    simulations = [run_fork_workload(seed) for seed in range(40)]
+    simulations = [plain_workload(seed) for seed in range(40)]
     stats = [simulation.scheduler.stats for simulation in simulations]
     assert sum(each.forks for each in stats) > 300
     assert sum(each.block_copies for each in stats) > 100

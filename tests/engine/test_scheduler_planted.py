@@ -9,14 +9,16 @@ from fastgen.engine.block_pool import BlockPool
 from fastgen.engine.scheduler import ScheduledRequest, Scheduler
 
 
-class PreemptsOldest(Scheduler):
-    def _reserve(self, request, item):
-        while not self._allocate(request, item):
-            victim = self.running[0]
-            self._preempt(victim)
-            if victim is request:
-                return False
-        return True
+class PreemptsTheFirst(Scheduler):
+    def _last_of_running(self):
+        return min(self.running, key=lambda request: request.service_key)
+
+
+class PreemptsTheLastLetIn(Scheduler):
+    """Right as long as nobody has a priority."""
+
+    def _last_of_running(self):
+        return self.running[-1]
 
 
 class ForgetsToFree(Scheduler):
@@ -49,8 +51,44 @@ class SamplesEveryChunk(Scheduler):
 class QueuesPreemptedLast(Scheduler):
     def _preempt(self, request):
         super()._preempt(request)
-        self.waiting.remove(request)
-        self.waiting.append(request)
+        self.waiting.discard(request)
+        request.service_key = request.service_key[0] + 1000, request.service_key[1]
+        self.waiting.push(request)
+
+
+class KeepsWhatAFailedStepPublished(Scheduler):
+    """Blocks that were never written are found by others."""
+
+    def undo(self, output):
+        forget, self.pool.forget = self.pool.forget, lambda blocks: None
+        try:
+            super().undo(output)
+        finally:
+            self.pool.forget = forget
+
+
+class PassesOverWhatDoesNotFit(Scheduler):
+    """Who fits is let in, whoever waits before it."""
+
+    def schedule(self):
+        output = super().schedule()
+        waiting = iter(self.waiting)
+        next(waiting, None)
+        for request in waiting:
+            if len(self.running) < self.max_num_seqs:
+                self._let_in(request)
+        return output
+
+
+class ForgetsDeadlinesOfThePreempted(Scheduler):
+    def _preempt(self, request):
+        super()._preempt(request)
+        self._deadlines.discard(request)
+
+
+class CountsTooFewBlocks(Scheduler):
+    def _num_missing_blocks(self, plan):
+        return super()._num_missing_blocks(plan) - len(plan.items)
 
 
 class LetsTooManyRun(Scheduler):
@@ -126,7 +164,8 @@ class EvictsAndRemembers(BlockPool):
         IgnoresRoots,
         SharesWithoutCounting,
         EvictsAndRemembers,
-        PreemptsOldest,
+        PreemptsTheFirst,
+        PreemptsTheLastLetIn,
         ForgetsToFree,
         FreesAndKeeps,
         IgnoresTheBudget,
@@ -134,6 +173,10 @@ class EvictsAndRemembers(BlockPool):
         QueuesPreemptedLast,
         LetsTooManyRun,
         HandsOutTwice,
+        KeepsWhatAFailedStepPublished,
+        PassesOverWhatDoesNotFit,
+        ForgetsDeadlinesOfThePreempted,
+        CountsTooFewBlocks,
     ],
     ids=lambda cls: cls.__name__,
 )
