@@ -110,9 +110,9 @@ class TextStream:
         self._held = ""
         self.matched: str | None = None
 
-    def push(self, token_id: int) -> bool:
-        """Take a token; whether a stop string was met, now or before."""
-        self.take([token_id])
+    def push(self, token_id: int, last: bool = False) -> bool:
+        """Take a token, the last one perhaps; whether a stop string was met, now or before."""
+        self.take([token_id], last)
         return self.matched is not None
 
     def take(self, token_ids: Sequence[int], last: bool = False) -> str:

@@ -394,6 +394,9 @@ class EngineCore:
         start = time.perf_counter()
         while (message := self._mailbox.take()) is not None:
             message()
+        if self._scheduler is not None:
+            for request in self._scheduler.expired():
+                self._finish(request, "deadline")
         self._tell_idle()
         if self._scheduler is None or self._runner is None or self._is_paused:
             return False
@@ -421,6 +424,11 @@ class EngineCore:
             sampling=delivered.seconds,
         )
         return True
+
+    def _seconds_to_deadline(self) -> float | None:
+        """How long a paused engine may wait; None: for ever."""
+        deadline = None if self._scheduler is None else self._scheduler.next_deadline()
+        return None if deadline is None else max(0.0, deadline - time.perf_counter())
 
     def _tell_idle(self) -> None:
         if self._waiting_for_idle and not (self._scheduler and self._scheduler.has_requests):
@@ -501,13 +509,15 @@ def failure(request: Request, error: BaseException | None = None) -> FastgenErro
 
 def _run_engine(reference: Callable[[], Any], mailbox: Mailbox) -> None:
     """The engine thread: works while there is work, waits without holding the engine."""
-    while mailbox.wait(on_idle=release_openmp_team):
+    timeout = None
+    while mailbox.wait(release_openmp_team, timeout):
         engine: EngineCore | None = reference()
         if engine is None:
             return
         try:
             while engine._step() and not mailbox.closed:
                 pass
+            timeout = engine._seconds_to_deadline()
         except BaseException as error:
             logger.exception("the engine stopped")
             mailbox.close(join=False)

@@ -58,13 +58,19 @@ class Mailbox:
         with self._condition:
             return self._messages.popleft() if self._messages else None
 
-    def wait(self, on_idle: Callable[[], None] = lambda: None) -> bool:
-        """Wait for a message; False once closed and empty. on_idle runs if none comes soon."""
+    def wait(
+        self, on_idle: Callable[[], None] = lambda: None, timeout: float | None = None
+    ) -> bool:
+        """Wait for a message, or so many seconds; False once closed and empty.
+
+        on_idle runs if none comes soon.
+        """
         with self._condition:
-            if not self._condition.wait_for(self._has_news, timeout=IDLE_SECONDS):
+            soon = IDLE_SECONDS if timeout is None else min(IDLE_SECONDS, timeout)
+            if not self._condition.wait_for(self._has_news, soon):
                 on_idle()
-                self._condition.wait_for(self._has_news)
-            return bool(self._messages)
+                self._condition.wait_for(self._has_news, timeout)
+            return bool(self._messages) or not self._closed
 
     def _has_news(self) -> bool:
         return bool(self._messages) or self._closed

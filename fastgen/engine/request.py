@@ -43,8 +43,8 @@ class StopText(Protocol):
 
     matched: str | None
 
-    def push(self, token_id: int) -> bool:
-        """Whether the text up to this token holds a stop string."""
+    def push(self, token_id: int, last: bool = False) -> bool:
+        """Whether the text up to this token, the last one perhaps, holds a stop string."""
         ...
 
 

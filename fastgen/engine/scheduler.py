@@ -220,15 +220,15 @@ class Scheduler:
         request.output_token_ids.append(token_id)
         if request.first_token_time is None:
             request.first_token_time = self.clock()
-        reason = None
+        reason, is_last = None, len(request.output_token_ids) >= request.sampling.max_tokens
         if token_id in request.stop_token_ids:
             reason = "stop"
             if token_id in request.sampling.stop_token_ids:
                 request.stop_reason = token_id
-        elif request.stop_text is not None and request.stop_text.push(token_id):
+        elif request.stop_text is not None and request.stop_text.push(token_id, is_last):
             reason = "stop"
             request.stop_reason = request.stop_text.matched
-        elif len(request.output_token_ids) >= request.sampling.max_tokens:
+        elif is_last:
             reason = "length"
         if reason is not None:
             self.finish(request, reason)

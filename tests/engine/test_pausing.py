@@ -129,3 +129,46 @@ def test_many_threads_never_exceed_the_limit(make_engine, expected):
     for request in taken:
         assert within(engine.result, request).finish_reason == "length"
     assert core_of(engine)._num_on_the_way == 0
+
+
+def test_a_deadline_ends_a_request_as_far_as_it_has_come(make_engine, gated, expected):
+    rows, tokens = expected
+    engine = make_engine()
+    gate = gated(engine)
+    request = engine.submit(rows[0], greedy(40), deadline_s=0.2)
+    other = engine.submit(rows[1], greedy(8))
+    gate.wait()
+    gate.step(3)
+    assert not request.done.wait(0.3)
+    gate.open()
+    output = within(engine.result, request)
+    assert output.finish_reason == "deadline"
+    assert output.token_ids == tokens[0][: len(output.token_ids)]
+    assert 0 < len(output.token_ids) < 40
+    assert within(engine.result, other).token_ids == tokens[1][:8]
+    metrics = within(engine.metrics)
+    assert metrics.finished == {"deadline": 1, "length": 1}
+    assert metrics.num_free_blocks == metrics.num_blocks
+
+
+def test_a_deadline_comes_while_the_engine_is_paused(engine, expected):
+    """Nothing wakes the engine's thread but the deadline itself."""
+    within(engine.generate, expected[0][:1], greedy(2))
+    within(engine.pause)
+    request = engine.submit(expected[0][0], greedy(4), deadline_s=0.05)
+    output = within(engine.result, request)
+    assert (output.finish_reason, output.token_ids) == ("deadline", [])
+    within(engine.resume)
+
+
+def test_priorities_are_served_in_their_order(make_engine, gated, expected):
+    engine = make_engine(max_num_seqs=1)
+    gate = gated(engine)
+    first = engine.submit(expected[0][0], greedy(2))
+    gate.wait()
+    late = [engine.submit(expected[0][0], greedy(2), priority=level) for level in (1, 0, -1)]
+    gate.open()
+    for request in (first, *late):
+        within(engine.result, request)
+    order = sorted(late, key=lambda request: request.finish_time or 0)
+    assert [request.priority for request in order] == [-1, 0, 1]

@@ -239,7 +239,7 @@ def test_stop_text_is_left_to_append_token():
     class NeverFound:
         matched = None
 
-        def push(self, token_id: int) -> bool:
+        def push(self, token_id: int, last: bool = False) -> bool:
             return False
 
     scheduler, requests = running(2, stop_text=NeverFound())

@@ -154,3 +154,18 @@ def test_tokenizer_that_raises_fails_a_stream(model, engine, expected):
         within(lambda: list(engine.stream(request)))
     assert request.block_ids == []
     assert within(engine.generate, rows[1:2], greedy(3))[0].token_ids == tokens[1][:3]
+
+
+class BrokenCharacters(TokenTokenizer):
+    """Every token is the first half of a character that never becomes whole."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+        return "\ufffd" * len(ids)
+
+
+def test_stop_string_that_only_the_last_flush_completes(model, engine, expected):
+    """What is held back as unfinished is text once nothing can finish it."""
+    engine = fastgen.Engine(model, BrokenCharacters())
+    output = both_ways(engine, expected[0][0], max_tokens=3, stop="\ufffd\ufffd")
+    assert (output.finish_reason, output.text) == ("stop", "")
+    assert len(output.token_ids) == 3
