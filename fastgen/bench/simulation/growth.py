@@ -1,0 +1,162 @@
+"""How the scheduler's time grows with what runs, waits and has finished, and with the pool.
+
+Each series changes one number and holds the others. Every measured step has the same kind of work
+in it: all running requests decode, and those that end are replaced by others, whose prompts are
+computed. So a step may take time in proportion to the running requests, and nothing else may
+change it; what a request takes in all its steps should depend on none of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ...engine.request import Request
+from .engine import Limits, SimulatedEngine
+from .step_cost import StepCost
+
+NUM_STEPS, NUM_ROUNDS = 48, 3  # rounds of steps; the fastest counts
+PROMPT, MAX_OUTPUT = 128, 192  # tokens; outputs are of 1 to MAX_OUTPUT
+NUM_CANCELLED = 64
+
+_COST = StepCost(1e-3, 0, 0, "any: nobody looks at the time")
+
+
+def measure_growth(limits: Limits, sizes: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:
+    """CPU microseconds at each of the sizes of each series of SERIES.
+
+    Returns: series; rows (size, costs); exponents: of the size in each cost, see `exponent`.
+    """
+    found = []
+    for name, values in sizes.items():
+        rows = [{"size": size, **SERIES[name](limits, size)} for size in values]
+        costs = [key for key in rows[0] if key != "size"]
+        exponents = {key: exponent([(row["size"], row[key]) for row in rows]) for key in costs}
+        found.append({"series": name, "rows": rows, "exponents": exponents})
+    return found
+
+
+def exponent(points: Sequence[tuple[int, float]]) -> float:
+    """Slope of log(cost) over log(size), by least squares: 0 is independent, 1 in proportion."""
+    sizes = [math.log(size) for size, _ in points]
+    costs = [math.log(cost) for _, cost in points]
+    middle, mean = sum(sizes) / len(sizes), sum(costs) / len(costs)
+    slope = sum((x - middle) * (y - mean) for x, y in zip(sizes, costs, strict=True))
+    return slope / sum((x - middle) ** 2 for x in sizes)
+
+
+def _running(limits: Limits, size: int) -> dict[str, float]:
+    """Requests that run."""
+    crowd = _Crowd(replace(limits, max_num_seqs=size))
+    crowd.gather()
+    return crowd.costs()
+
+
+def _waiting(limits: Limits, size: int) -> dict[str, float]:
+    """Requests that wait."""
+    crowd = _Crowd(limits)
+    crowd.gather(size)
+    costs = crowd.costs()
+    return {**costs, "cancel_us": crowd.cancel_us(min(size, NUM_CANCELLED))}
+
+
+def _finished(limits: Limits, size: int) -> dict[str, float]:
+    """Requests that have finished."""
+    crowd = _Crowd(limits)
+    crowd.finish(size)
+    crowd.gather()
+    return crowd.costs()
+
+
+def _pool(limits: Limits, size: int) -> dict[str, float]:
+    """Blocks in the pool, all with content that is given up for what comes."""
+    crowd = _Crowd(limits, size)
+    pool = crowd.engine.pool
+    for number in range(pool.num_free + size // 16):
+        blocks = pool.allocate(1)
+        assert blocks is not None, "no block was free"
+        pool.publish(blocks[0], hashlib.sha256(b"%d" % number).digest())
+        pool.free(blocks)
+    pool.take_discarded()
+    crowd.gather()
+    return crowd.costs()
+
+
+SERIES: dict[str, Callable[[Limits, int], dict[str, float]]] = {
+    "running": _running,
+    "waiting": _waiting,
+    "finished": _finished,
+    "pool": _pool,
+}
+
+
+class _Crowd:
+    """As many requests as may run, and a number that wait; each that ends is replaced.
+
+    One of them is as long as may be: the scheduler's table is as wide as its longest sequence.
+    """
+
+    def __init__(self, limits: Limits, num_blocks: int | None = None) -> None:
+        num_running = limits.max_num_seqs
+        per_request = 1 + (PROMPT + MAX_OUTPUT) // limits.block_size
+        needed = num_running * per_request + limits.max_model_len // limits.block_size + 2
+        self.engine = SimulatedEngine(
+            replace(
+                limits,
+                num_blocks=max(needed, num_blocks or 2 * needed),
+                max_num_batched_tokens=num_running * PROMPT + limits.max_model_len,
+            ),
+            _COST,
+        )
+        self._num_running, self._max_model_len = num_running, limits.max_model_len
+        self._draw = random.Random(0)
+        self._live: dict[Request, None] = {}
+
+    def gather(self, num_waiting: int = 0) -> None:
+        """Let requests of all ages run."""
+        long = self._draw.randbytes(self._max_model_len // 2)
+        self.engine.add(list(long), self._max_model_len // 2, 0.0)
+        self._num_live = self._num_running + num_waiting
+        for _ in range(MAX_OUTPUT // 2):
+            self._step()
+
+    def finish(self, count: int) -> None:
+        """Let so many short requests come and go."""
+        while count > 0:
+            batch = min(count, self._num_running)
+            for _ in range(batch):
+                self.engine.add(list(self._draw.randbytes(8)), 1, 0.0)
+            count -= len(self.engine.step()[1])
+
+    def costs(self) -> dict[str, float]:
+        """Of the scheduler: per step, and per request that ends."""
+        found = []
+        for _ in range(NUM_ROUNDS):
+            before = self.engine.total_host_s
+            num_ended = sum(self._step() for _ in range(NUM_STEPS))
+            spent = (self.engine.total_host_s - before) * 1e6
+            found.append({"step_us": spent / NUM_STEPS, "request_us": spent / max(1, num_ended)})
+        return min(found, key=lambda costs: costs["step_us"])
+
+    def cancel_us(self, count: int) -> float:
+        """Of the scheduler, to end one of those that wait."""
+        running = set(self.engine.scheduler.running)
+        waiting = [request for request in self._live if request not in running]
+        before = self.engine.total_host_s
+        for request in self._draw.sample(waiting, count):
+            self.engine.cancel(request)
+        return (self.engine.total_host_s - before) / count * 1e6
+
+    def _step(self) -> int:
+        """How many have ended."""
+        while self.engine.num_live < self._num_live:
+            num_output = self._draw.randint(1, MAX_OUTPUT)
+            self._live[self.engine.add(list(self._draw.randbytes(PROMPT)), num_output, 0.0)] = None
+        ended = self.engine.step()[1]
+        for request in ended:
+            self._live.pop(request, None)
+        return len(ended)
