@@ -19,6 +19,7 @@ from .simulation.step_cost import COSTS, StepCost
 RATES = ("40%", "60%", "80%", "90%", "100%", "120%")
 SIZES = {
     "running": (256, 1024, 4096),
+    "short": (256, 1024, 4096),
     "waiting": (1 << 10, 1 << 12, 1 << 14),
     "finished": (1 << 10, 1 << 12, 1 << 14),
     "pool": (1 << 14, 1 << 17, 1 << 20),
@@ -76,5 +77,5 @@ def simulate(setting: Setting) -> dict[str, Any]:
         "setting": {**where, "rates": list(setting.rates)},
         "capacity_per_s": capacity_per_s,
         "loads": loads,
-        "growth": measure_growth(limits, setting.sizes),
+        "growth": measure_growth(setting.sizes),
     }

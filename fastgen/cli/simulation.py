@@ -16,6 +16,7 @@ from ..bench.simulation.step_cost import COSTS, parse_cost
 
 _TITLES = {
     "running": "running requests",
+    "short": "... short of blocks",
     "waiting": "waiting requests",
     "finished": "finished requests",
     "pool": "blocks in the pool",

@@ -13,10 +13,12 @@ from ...config import SamplingParams
 from ...engine.block_pool import BlockPool
 from ...engine.prefix_cache import root_digest
 from ...engine.request import Request
-from ...engine.scheduler import Scheduler, SchedulerOutput
+from ...engine.scheduler import Scheduler
+from ...engine.scheduler_output import SchedulerOutput
 from .step_cost import StepCost
 
 _ROOT = root_digest(0, 0, None)
+_METHODS: tuple[str, ...] = ("add", "schedule", "advance", "append", "cancel")
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class SimulatedEngine:
             clock=self.clock,
         )
         self.num_live = 0
-        self.host_s = dict.fromkeys(("add", "schedule", "advance", "append", "cancel"), 0.0)
+        self.host_s = dict.fromkeys(_METHODS, 0.0)
         self._cost = cost
         self._draw = random.Random(seed)
 

@@ -22,18 +22,21 @@ from .step_cost import StepCost
 NUM_STEPS, NUM_ROUNDS = 48, 3  # rounds of steps; the fastest counts
 PROMPT, MAX_OUTPUT = 128, 192  # tokens; outputs are of 1 to MAX_OUTPUT
 NUM_CANCELLED = 64
+NUM_RUNNING = 256  # where something else grows
+
+_LIMITS = Limits()
 
 _COST = StepCost(1e-3, 0, 0, "any: nobody looks at the time")
 
 
-def measure_growth(limits: Limits, sizes: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:
+def measure_growth(sizes: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:
     """CPU microseconds at each of the sizes of each series of SERIES.
 
     Returns: series; rows (size, costs); exponents: of the size in each cost, see `exponent`.
     """
     found = []
     for name, values in sizes.items():
-        rows = [{"size": size, **SERIES[name](limits, size)} for size in values]
+        rows = [{"size": size, **SERIES[name](size)} for size in values]
         costs = [key for key in rows[0] if key != "size"]
         exponents = {key: exponent([(row["size"], row[key]) for row in rows]) for key in costs}
         found.append({"series": name, "rows": rows, "exponents": exponents})
@@ -49,32 +52,41 @@ def exponent(points: Sequence[tuple[int, float]]) -> float:
     return slope / sum((x - middle) ** 2 for x in sizes)
 
 
-def _running(limits: Limits, size: int) -> dict[str, float]:
+def _running(size: int) -> dict[str, float]:
     """Requests that run."""
-    crowd = _Crowd(replace(limits, max_num_seqs=size))
+    crowd = _Crowd(size)
     crowd.gather()
     return crowd.costs()
 
 
-def _waiting(limits: Limits, size: int) -> dict[str, float]:
-    """Requests that wait."""
-    crowd = _Crowd(limits)
-    crowd.gather(size)
+def _short(size: int) -> dict[str, float]:
+    """Requests that would run if there were the blocks: there are three quarters of them."""
+    crowd = _Crowd(size, size * (PROMPT + MAX_OUTPUT // 4) // _LIMITS.block_size * 3 // 4)
+    crowd.gather()
+    before = crowd.engine.scheduler.stats.preemptions
     costs = crowd.costs()
-    return {**costs, "cancel_us": crowd.cancel_us(min(size, NUM_CANCELLED))}
+    assert crowd.engine.scheduler.stats.preemptions > before, "there were blocks enough"
+    return costs
 
 
-def _finished(limits: Limits, size: int) -> dict[str, float]:
+def _waiting(size: int) -> dict[str, float]:
+    """Requests that wait."""
+    crowd = _Crowd()
+    crowd.gather(size)
+    return {**crowd.costs(), "cancel_us": crowd.cancel_us(min(size, NUM_CANCELLED))}
+
+
+def _finished(size: int) -> dict[str, float]:
     """Requests that have finished."""
-    crowd = _Crowd(limits)
+    crowd = _Crowd()
     crowd.finish(size)
     crowd.gather()
     return crowd.costs()
 
 
-def _pool(limits: Limits, size: int) -> dict[str, float]:
+def _pool(size: int) -> dict[str, float]:
     """Blocks in the pool, all with content that is given up for what comes."""
-    crowd = _Crowd(limits, size)
+    crowd = _Crowd(num_blocks=size)
     pool = crowd.engine.pool
     for number in range(pool.num_free + size // 16):
         blocks = pool.allocate(1)
@@ -86,8 +98,9 @@ def _pool(limits: Limits, size: int) -> dict[str, float]:
     return crowd.costs()
 
 
-SERIES: dict[str, Callable[[Limits, int], dict[str, float]]] = {
+SERIES: dict[str, Callable[[int], dict[str, float]]] = {
     "running": _running,
+    "short": _short,
     "waiting": _waiting,
     "finished": _finished,
     "pool": _pool,
@@ -100,26 +113,24 @@ class _Crowd:
     One of them is as long as may be: the scheduler's table is as wide as its longest sequence.
     """
 
-    def __init__(self, limits: Limits, num_blocks: int | None = None) -> None:
-        num_running = limits.max_num_seqs
-        per_request = 1 + (PROMPT + MAX_OUTPUT) // limits.block_size
-        needed = num_running * per_request + limits.max_model_len // limits.block_size + 2
-        self.engine = SimulatedEngine(
-            replace(
-                limits,
-                num_blocks=max(needed, num_blocks or 2 * needed),
-                max_num_batched_tokens=num_running * PROMPT + limits.max_model_len,
-            ),
-            _COST,
+    def __init__(self, num_running: int = NUM_RUNNING, num_blocks: int | None = None) -> None:
+        block_size, longest = _LIMITS.block_size, _LIMITS.max_model_len
+        enough = num_running * (1 + (PROMPT + MAX_OUTPUT) // block_size) + longest // block_size
+        limits = replace(
+            _LIMITS,
+            num_blocks=num_blocks or 2 * enough,
+            max_num_seqs=num_running,
+            max_num_batched_tokens=num_running * PROMPT + longest,
         )
-        self._num_running, self._max_model_len = num_running, limits.max_model_len
+        self.engine = SimulatedEngine(limits, _COST)
+        self._num_running = num_running
         self._draw = random.Random(0)
         self._live: dict[Request, None] = {}
 
     def gather(self, num_waiting: int = 0) -> None:
         """Let requests of all ages run."""
-        long = self._draw.randbytes(self._max_model_len // 2)
-        self.engine.add(list(long), self._max_model_len // 2, 0.0)
+        half = _LIMITS.max_model_len // 2
+        self.engine.add(list(self._draw.randbytes(half)), half, 0.0)
         self._num_live = self._num_running + num_waiting
         for _ in range(MAX_OUTPUT // 2):
             self._step()

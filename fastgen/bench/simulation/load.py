@@ -98,18 +98,15 @@ class Load:
             self._count(request)
 
     def _count(self, request: Request) -> None:
-        output, arrived = request.output_token_ids, request.arrival_time
-        scheduled, first = request.scheduled_time, request.first_token_time
-        assert scheduled is not None, "it has ended and was never let in"
-        assert first is not None, "it has ended without a token"
-        ttft_ms = (first - arrived) * 1e3
-        self._queue.add((scheduled - arrived) * 1e3)
-        self._ttft.add(ttft_ms)
-        good = ttft_ms <= self._goal.ttft_ms
-        if len(output) > 1:
-            tpot_ms = (self.engine.clock.now - first) * 1e3 / (len(output) - 1)
-            self._tpot.add(tpot_ms)
-            good &= tpot_ms <= self._goal.tpot_ms
+        metrics, output = request.metrics(), request.output_token_ids
+        assert metrics.ttft_ms is not None, "it has ended without a token"
+        assert metrics.queue_time_ms is not None, "it was never let in"
+        self._queue.add(metrics.queue_time_ms)
+        self._ttft.add(metrics.ttft_ms)
+        good = metrics.ttft_ms <= self._goal.ttft_ms
+        if metrics.tpot_ms is not None:
+            self._tpot.add(metrics.tpot_ms)
+            good &= metrics.tpot_ms <= self._goal.tpot_ms
         self._num_good += good
         self._num_tokens += len(output)
         self._num_finished += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...engine.scheduler import SchedulerOutput
+from ...engine.scheduler_output import SchedulerOutput
 
 
 @dataclass(frozen=True)
