@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...engine.request import Request
-from ..machine import peak_rss_bytes
+from ..machine import peak_rss_bytes, reset_peak_rss
 from .engine import Limits, SimulatedEngine
 from .step_cost import StepCost
 from .trace import Trace
@@ -68,12 +68,13 @@ class Load:
         self._queue, self._ttft, self._tpot = Quantiles(), Quantiles(), Quantiles()
         self._host_step = Quantiles()
         self._parts: list[dict[str, Any]] = []
-        self._part_host_s = 0.0
+        self._parts_s = 0.0
 
     def run(self) -> dict[str, Any]:
         """All requests until the last one has ended. Returns: see `report`."""
         num_added = 0
         engine, clock = self.engine, self.engine.clock
+        reset_peak_rss()
         while num_added < self.num_requests or engine.num_live:
             if not engine.num_live:
                 clock.now = max(clock.now, self.trace.next_time)
@@ -115,17 +116,17 @@ class Load:
             self._close_part()
 
     def _close_part(self) -> None:
-        host_s, finished = self.engine.total_host_s, sum(p["requests"] for p in self._parts)
-        number = self._num_finished - finished
-        spent = host_s - self._part_host_s
+        number = self._num_finished - sum(part["requests"] for part in self._parts)
+        spent_s = self.engine.total_host_s - self._parts_s
+        self._parts_s += spent_s
         self._parts.append(
             {
                 "requests": number,
-                "host_us_per_request": spent / number * 1e6,
+                "host_us_per_request": spent_s / number * 1e6,
                 "peak_rss_bytes": peak_rss_bytes(),
             }
         )
-        self._part_host_s = host_s
+        reset_peak_rss()
 
     def report(self) -> dict[str, Any]:
         """Of the requests that have finished: per second of the time in which they arrived."""
@@ -178,7 +179,7 @@ def capacity(limits: Limits, cost: StepCost, seed: int) -> float:
     """
     engine = SimulatedEngine(limits, cost, seed)
     trace = Trace(1.0, limits.max_model_len, seed)  # its times are not looked at
-    unit = max(limits.max_num_seqs, 256)
+    unit = max(limits.max_num_seqs, 128)
     num_added = num_ended = wanted = sampled = 0
     start: tuple[int, float] | None = None
     while num_ended < 8 * unit:
