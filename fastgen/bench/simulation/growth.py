@@ -71,14 +71,14 @@ def _short(size: int) -> dict[str, float]:
 
 def _waiting(size: int) -> dict[str, float]:
     """Requests that wait."""
-    crowd = _Crowd()
+    crowd = _Crowd(NUM_RUNNING)
     crowd.gather(size)
     return {**crowd.costs(), "cancel_us": crowd.cancel_us(min(size, NUM_CANCELLED))}
 
 
 def _finished(size: int) -> dict[str, float]:
     """Requests that have finished."""
-    crowd = _Crowd()
+    crowd = _Crowd(NUM_RUNNING)
     crowd.finish(size)
     crowd.gather()
     return crowd.costs()
@@ -86,7 +86,7 @@ def _finished(size: int) -> dict[str, float]:
 
 def _pool(size: int) -> dict[str, float]:
     """Blocks in the pool, all with content that is given up for what comes."""
-    crowd = _Crowd(num_blocks=size)
+    crowd = _Crowd(NUM_RUNNING, size)
     pool = crowd.engine.pool
     for number in range(pool.num_free + size // 16):
         blocks = pool.allocate(1)
@@ -113,7 +113,7 @@ class _Crowd:
     One of them is as long as may be: the scheduler's table is as wide as its longest sequence.
     """
 
-    def __init__(self, num_running: int = NUM_RUNNING, num_blocks: int | None = None) -> None:
+    def __init__(self, num_running: int, num_blocks: int | None = None) -> None:
         block_size, longest = _LIMITS.block_size, _LIMITS.max_model_len
         enough = num_running * (1 + (PROMPT + MAX_OUTPUT) // block_size) + longest // block_size
         limits = replace(
