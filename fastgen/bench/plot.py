@@ -54,6 +54,8 @@ def plot_panels(title: str, panels: Sequence[Panel], path: Path) -> None:
         axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
         axes.set_xscale("log" if panel.log_x else "linear")
         axes.set_yscale("log" if panel.log_y else "linear")
+        if not panel.log_y:
+            axes.set_ylim(bottom=0)
         axes.legend(fontsize=7)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=9)

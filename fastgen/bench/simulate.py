@@ -16,7 +16,7 @@ from .simulation.growth import measure_growth
 from .simulation.load import Goal, Load, capacity
 from .simulation.step_cost import COSTS, StepCost
 
-RATES = ("40%", "60%", "80%", "90%", "100%", "120%")
+RATES = ("20%", "40%", "60%", "80%", "100%", "120%")
 SIZES = {
     "running": (256, 1024, 4096),
     "short": (256, 1024, 4096),
@@ -34,7 +34,7 @@ class Setting:
     in growth.py; those that are left out are not measured.
     """
 
-    num_requests: int = 2000
+    num_requests: int = 1000
     rates: Sequence[str] = RATES
     limits: Limits = field(default_factory=Limits)
     cost: StepCost = COSTS["cpu-0.5b"]

@@ -30,7 +30,7 @@ from ..bench.profile import profile_workload
 from ..bench.workloads import WORKLOADS, Workload, block_waste, make_workload
 from .models import DTYPES, SHAPES, load_model, random_model
 from .profile_table import plot_profile, show_profile
-from .simulation import add_options, plot_simulation, run_simulation, show_simulation
+from .simulation import add_options, check_options, plot_simulation, run_simulation, show_simulation
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -77,7 +77,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     add_options(parser)
     parser.add_argument("--child", choices=("parity", *startup.ENGINES), help=argparse.SUPPRESS)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, default_of=parser.get_default)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -85,6 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--rounds must be at least 1, got {arguments.rounds}")
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
+    check_options(arguments)
     if arguments.simulate:
         give(arguments, run_simulation(arguments), show_simulation, plot_simulation)
         return 0

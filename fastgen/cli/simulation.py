@@ -21,6 +21,30 @@ _TITLES = {
     "finished": "finished requests",
     "pool": "blocks in the pool",
 }
+_OF_SIMULATIONS = (
+    "requests",
+    "rate",
+    "step_cost",
+    "blocks",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "max_model_len",
+    "ttft_ms",
+    "tpot_ms",
+    "no_growth",
+)
+_OF_MODELS = (
+    "workload",
+    "dtype",
+    "device",
+    "threads",
+    "rounds",
+    "no_peers",
+    "no_transformers",
+    "peer",
+    "profile",
+    "child",
+)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -64,6 +88,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--no-growth", action="store_true", help="do not measure how the scheduler's time grows"
     )
+
+
+def check_options(arguments: argparse.Namespace) -> None:
+    """Raises: ValueError if an option is given that would have no effect."""
+    unused = _OF_MODELS if arguments.simulate else _OF_SIMULATIONS
+    for name in unused:
+        if getattr(arguments, name) != arguments.default_of(name):
+            whom = "models" if arguments.simulate else "--simulate"
+            raise ValueError(f"--{name.replace('_', '-')} is for {whom} only; leave it out")
 
 
 def run_simulation(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -141,6 +141,8 @@ def test_every_request_gets_its_tokens_and_gives_its_blocks_back():
     run.engine.add = lambda *a, **k: added.append(add(*a, **k))  # pyright: ignore
     result = run.run()
     assert result["requests"] == len(added) == 150
+    times = [time for time, *_ in take(Trace(20.0, SMALL.max_model_len, 3), 150)]
+    assert [request.arrival_time for request in added] == times
     assert {request.finish_reason for request in added} == {"length"}
     wanted = [request.sampling.max_tokens for request in added]
     assert [len(request.output_token_ids) for request in added] == wanted
@@ -340,9 +342,16 @@ GROWTH = [
         (("--max-num-seqs", "0"), "max_num_seqs"),
         (("--block-size", "0"), "block_size"),
         (("--max-model-len", "8"), "16 tokens"),
+        (("--profile",), "--profile is for models only"),
+        (("--rounds", "5"), "--rounds is for models only"),
     ],
     ids=" ".join,
 )
 def test_bad_input_is_one_line(arguments, message, capsys):
     assert main(["bench", "--simulate", *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_options_of_simulations_are_for_simulations(capsys):
+    assert main(["bench", "--model", "demo", "--rate", "5"]) == 1
+    assert "--rate is for --simulate only" in capsys.readouterr().err
