@@ -150,6 +150,9 @@ def test_every_request_gets_its_tokens_and_gives_its_blocks_back():
     assert run.engine.num_live == run.engine.pool.num_used == 0
     assert result["max_running"] <= SMALL.max_num_seqs
     assert 0.2 < result["prefix_hit_rate"] < 1
+    said = [bytes(request.prompt_token_ids + request.output_token_ids) for request in added]
+    prompts = [bytes(request.prompt_token_ids) for request in added]
+    assert sum(any(map(prompt.startswith, said)) for prompt in prompts) > 20, "none goes on"
     assert sum(part["requests"] for part in result["parts"]) == 150
     assert len(result["parts"]) == 10
     ttft = [request.metrics().ttft_ms for request in added]
