@@ -12,6 +12,7 @@ import json
 import platform
 import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from ..bench.profile import profile_workload
 from ..bench.workloads import WORKLOADS, Workload, block_waste, make_workload
 from .models import DTYPES, SHAPES, load_model, random_model
 from .profile_table import plot_profile, show_profile
+from .simulation import add_options, check_options, plot_simulation, run_simulation, show_simulation
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -38,6 +40,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--shape", choices=SHAPES, help="a known shape with random weights")
     source.add_argument("--model", metavar="DIR", type=Path, help="a model folder, or 'demo'")
+    source.add_argument(
+        "--simulate", action="store_true", help="no model: the scheduler in virtual time"
+    )
     parser.add_argument(
         "--workload",
         choices=(*WORKLOADS, "startup"),
@@ -70,8 +75,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--plot", metavar="FILE", type=Path, help="draw bars (needs matplotlib), e.g. bench.png"
     )
+    add_options(parser)
     parser.add_argument("--child", choices=("parity", *startup.ENGINES), help=argparse.SUPPRESS)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, default_of=parser.get_default)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -79,6 +85,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--rounds must be at least 1, got {arguments.rounds}")
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
+    check_options(arguments)
+    if arguments.simulate:
+        give(arguments, run_simulation(arguments), show_simulation, plot_simulation)
+        return 0
     if arguments.profile:
         return run_profile(arguments)
     if arguments.child is not None:
@@ -86,18 +96,29 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.peer and torch.device(arguments.device).type != "cpu":
         raise ValueError(f"--peer measures on the CPU, got --device {arguments.device}")
-    result = run_startup(arguments) if arguments.workload == "startup" else run_workload(arguments)
+    if arguments.workload == "startup":
+        give(arguments, run_startup(arguments), show_startup, plot)
+    else:
+        give(arguments, run_workload(arguments), show, plot)
+    return 0
+
+
+def give(
+    arguments: argparse.Namespace,
+    result: dict[str, Any],
+    show_it: Callable[[dict[str, Any]], None],
+    plot_it: Callable[[dict[str, Any], Path], None],
+) -> None:
+    """Print a result, and write and draw it where that is asked for."""
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(result, indent=2) + "\n")
     if arguments.json:
         print(json.dumps(result, indent=2))
-    elif arguments.workload == "startup":
-        show_startup(result)
     else:
-        show(result)
+        show_it(result)
     if arguments.plot is not None:
-        plot(result, arguments.plot)
-    return 0
+        plot_it(result, arguments.plot)
+        print(f"drawn in {arguments.plot}", file=sys.stderr)
 
 
 def make_model(arguments: argparse.Namespace) -> Any:
@@ -343,7 +364,6 @@ def plot(result: dict[str, Any], path: Path) -> None:
         case _:
             unit, bars = "output tokens/s", [(r["engine"], r["tokens_per_s"]) for r in rows]
     plot_bars(title, unit, bars, path)
-    print(f"drawn in {path}", file=sys.stderr)
 
 
 def describe(where: dict[str, Any]) -> str:

@@ -46,7 +46,7 @@ class RunningRows:
         is_special: 1 while more than the missing tokens decides what runs next.
         is_plain: 1 if only num_left and the stop ids can end it.
         shares_last: 1 if others may hold its last block, which is not full.
-        slot: Where its blocks are in `block_table`; the tables do not move up.
+        slot: Where it is in the two tables, which do not move up.
     block_table: [capacity, width] int32. stop_ids: [capacity, MAX_STOP_IDS] int64.
     """
 
@@ -74,9 +74,10 @@ class RunningRows:
         self.num_rows += 1
         self.slot[row] = self._free_slots.pop()
         self.set_blocks(row, request.block_ids)
-        self.stop_ids[row] = _NO_TOKEN
+        stop_ids = self.stop_ids[self.slot[row]]
+        stop_ids[:] = _NO_TOKEN
         if len(request.stop_token_ids) <= MAX_STOP_IDS:
-            self.stop_ids[row, : len(request.stop_token_ids)] = list(request.stop_token_ids)
+            stop_ids[: len(request.stop_token_ids)] = list(request.stop_token_ids)
         self.write(row, request)
 
     def set_blocks(self, row: int, blocks: Sequence[int]) -> None:
@@ -122,9 +123,8 @@ class RunningRows:
     def remove(self, row: int) -> None:
         end = self.num_rows
         self._free_slots.append(int(self.slot[row]))
-        if row < end - 1:
-            for array in (self.stop_ids, self._numbers.T):
-                array[row : end - 1] = array[row + 1 : end]
+        for numbers in self._numbers:  # one by one they move in place, together by a copy
+            numbers[row : end - 1] = numbers[row + 1 : end]
         self.num_rows -= 1
 
     def num_ready(self) -> int:
@@ -157,7 +157,7 @@ class RunningRows:
         """
         here = slice(len(token_ids))
         left_alone = (self.is_plain[here] == 0) | (self.num_left[here] <= 1)
-        left_alone |= (self.stop_ids[here] == token_ids[:, None]).any(axis=1)
+        left_alone |= (self.stop_ids[self.slot[here]] == token_ids[:, None]).any(axis=1)
         added = ~left_alone
         self.num_tokens[here] += added
         self.num_left[here] -= added

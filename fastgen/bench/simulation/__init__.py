@@ -1,0 +1,1 @@
+"""The real scheduler against a model of what steps cost, in virtual time."""
