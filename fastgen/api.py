@@ -102,6 +102,12 @@ class OptimizedModel:
         device = next(model.parameters()).device
         if device.type == "cpu":
             self._load_kernels()
+        elif self.config.deterministic:
+            raise UnsupportedModelError(
+                f"deterministic=True is for models on the CPU, {self.class_name} is on "
+                f"{device.type}, whose kernels choose their order of summation by the batch; "
+                "move the model or leave deterministic off"
+            )
         budget = self._pack_budget_bytes(model, device)
         if self.config.graph_cache:
             graph, report = self._cached(model, device, budget)
@@ -121,7 +127,8 @@ class OptimizedModel:
         key, why = None, ""
         try:
             with self._timed("key of the graph"):
-                key = graph_key(model, self.config.passes_off, budget)
+                config = self.config
+                key = graph_key(model, config.passes_off, budget, config.deterministic)
             with self._timed("graph from cache"):
                 found = graph_cache.load(key, device)
             if found is not None:
@@ -146,6 +153,7 @@ class OptimizedModel:
         self.start["capture"] -= captured.check_seconds
         self.start["packing check"] = captured.check_seconds
         captured.pack_budget_bytes = budget
+        captured.deterministic = self.config.deterministic
         with self._timed("passes"):
             return rewrite(captured, self.config.passes_off)
 

@@ -98,7 +98,12 @@ def sources_digest(folders: Iterable[Path]) -> str:
 _OWN_SOURCES = sources_digest(_OWN_FOLDERS)
 
 
-def graph_key(model: nn.Module, passes_off: tuple[str, ...], pack_budget_bytes: int) -> str:
+def graph_key(
+    model: nn.Module,
+    passes_off: tuple[str, ...],
+    pack_budget_bytes: int,
+    deterministic: bool = False,
+) -> str:
     """The digest of all that the rewritten graph of a model depends on; the same in any process.
 
     Raises: NotCacheableError.
@@ -108,7 +113,7 @@ def graph_key(model: nn.Module, passes_off: tuple[str, ...], pack_budget_bytes: 
     parts = [
         _OWN_SOURCES,
         repr([_pass_name(item) for item in PASSES if item.runs_on(device)]),
-        repr((sorted(passes_off), pack_budget_bytes)),
+        repr((sorted(passes_off), pack_budget_bytes, deterministic)),
         sys.version,
         repr([_version(name) for name in _LIBRARIES]),
         _cpu() if device.type == "cpu" else _accelerator(device),

@@ -11,15 +11,24 @@ if __name__ == "fastgen.kernels":
     from .packed_gated_linear import packed_gated_linear
     from .packed_linear import packed_linear
     from .paged_attention import paged_attention
-    from .registry import CallSite, Choice, Implementation, implementations, select
+    from .registry import (
+        CallSite,
+        Choice,
+        Implementation,
+        NoImplementationError,
+        implementations,
+        select,
+    )
     from .rms_norm import add_rms_norm, rms_norm
     from .rope import rope
     from .rope_store_kv import rope_store_kv
+    from .row_linear import row_grouped_linear, row_linear
 
     __all__ = [
         "CallSite",
         "Choice",
         "Implementation",
+        "NoImplementationError",
         "add_rms_norm",
         "attention",
         "gelu_mul",
@@ -30,6 +39,8 @@ if __name__ == "fastgen.kernels":
         "rms_norm",
         "rope",
         "rope_store_kv",
+        "row_grouped_linear",
+        "row_linear",
         "select",
         "silu_mul",
     ]

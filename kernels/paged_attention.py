@@ -21,7 +21,7 @@ from .attention import (
 )
 from .registry import CallSite, register
 
-_PAGED_ATTENTION = cpu.Kernel("paged_attention", "piipiipiippiiiiipipiippiididppb", "b")
+_PAGED_ATTENTION = cpu.Kernel("paged_attention", "piipiipiippiiiiipipiippiididppbb", "b")
 
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -279,6 +279,75 @@ def paged_attention_cpu(
     sinks,
 ):
     """One call of C++ for all sequences: it writes the pages and reads them in place."""
+    return _attend_cpu(
+        query,
+        key,
+        value,
+        key_cache,
+        value_cache,
+        slot_mapping,
+        block_table,
+        query_start_loc,
+        seq_lens,
+        scale,
+        window,
+        softcap,
+        sinks,
+        True,
+    )
+
+
+@cpu.recordable
+def paged_attention_cpu_in_order(
+    query,
+    key,
+    value,
+    key_cache,
+    value_cache,
+    slot_mapping,
+    block_table,
+    query_start_loc,
+    seq_lens,
+    scale,
+    window,
+    softcap,
+    sinks,
+):
+    """The same, the slots of each sequence summed in order, however few the sequences are."""
+    return _attend_cpu(
+        query,
+        key,
+        value,
+        key_cache,
+        value_cache,
+        slot_mapping,
+        block_table,
+        query_start_loc,
+        seq_lens,
+        scale,
+        window,
+        softcap,
+        sinks,
+        False,
+    )
+
+
+def _attend_cpu(
+    query,
+    key,
+    value,
+    key_cache,
+    value_cache,
+    slot_mapping,
+    block_table,
+    query_start_loc,
+    seq_lens,
+    scale,
+    window,
+    softcap,
+    sinks,
+    splits,
+):
     query, key, value = (
         tensor if tensor.stride(2) == 1 else tensor.contiguous() for tensor in (query, key, value)
     )
@@ -319,6 +388,7 @@ def paged_attention_cpu(
         None if sinks is None else sinks.data_ptr(),
         output.data_ptr(),
         cpu.num_threads(),
+        splits,
     )
     if error:
         raise ValueError(_CPU_ERRORS[error - 1])
@@ -415,5 +485,12 @@ def triton_refuses(call: CallSite) -> str | None:
 
 register("fastgen::paged_attention", "reference", paged_attention_reference)
 register("fastgen::paged_attention", "sdpa", paged_attention_sdpa, sdpa_refuses)
+register(
+    "fastgen::paged_attention",
+    "cpu, in order",
+    paged_attention_cpu_in_order,
+    cpu_refuses,
+    batch_invariant=True,
+)
 register("fastgen::paged_attention", "cpu", paged_attention_cpu, cpu_refuses)
 register("fastgen::paged_attention", "triton", paged_attention_triton, triton_refuses)

@@ -118,7 +118,9 @@ void attend_tile(const Step& step, const Tile& tile, const Sums& out, char* scra
   std::fill(out.sum, out.sum + rows, 0.0f);
   std::memset(out.values, 0, padded_rows * v_width * sizeof(float));
 
-  for (int64_t start = tile.first / kStep * kStep; start < tile.last; start += kStretch) {
+  // Stretches begin at the same slots whatever the tile is: which slots are summed together is then
+  // the same for a token that comes alone and in a chunk of its prompt.
+  for (int64_t start = tile.first / kStretch * kStretch; start < tile.last; start += kStretch) {
     const int64_t slots = std::min(kStretch, round_up(tile.last - start, kStep));
     // Slots that are not seen may hold anything, and their table entries too: zeros take their place.
     for (int64_t i = 0; i < slots; i += kPage) {
@@ -147,7 +149,8 @@ void attend_tile(const Step& step, const Tile& tile, const Sums& out, char* scra
       // Positions of the first and the last of these rows, and the slots that any of them sees.
       const int64_t low = tile.position + row / group;
       const int64_t high = tile.position + (row + count - 1) / group;
-      const int64_t seen_from = step.window ? std::max(start, low - step.window + 1) : start;
+      const int64_t seen_from =
+          std::max({start, tile.first, step.window ? low - step.window + 1 : 0});
       const int64_t from = (seen_from - start) / kStep * kStep;
       const int64_t to = std::min(slots, round_up(std::max<int64_t>(0, high + 1 - start), kStep));
       if (from >= to) continue;
