@@ -7,6 +7,10 @@
                Streams the keys and values that any query of the sequence sees, once per KV head,
                n + window - 1 at most for n queries; reads queries and new keys and values, writes
                the output and the new keys and values.
+    latent attention  the cheaper of two ways per sequence: n queries and the keys they see, m,
+               go through the weight once each, m of them to expand it or n to absorb it, and a
+               pair of the two costs head_dim + v_head_dim or 2 rank + rope products per head.
+               Streams the weight and the latents that any query of the sequence sees.
 
 Sizes are symbols of the capture and get their values from a `Step`. These are floors: an
 implementation may read more than once.
@@ -30,7 +34,8 @@ from .passes.graph import memory_of
 
 GATED = "fastgen::packed_gated_linear"
 ATTENTION = "fastgen::paged_attention"
-_WINDOW_ARGUMENT = 10  # of paged_attention
+LATENT = "fastgen::paged_latent_attention"
+_WINDOW_ARGUMENT = 10  # of both
 # Products of each row with the weight of its expert; transformers' own where torch has none.
 _GROUPED = (
     "aten::_grouped_mm",
@@ -147,7 +152,7 @@ def op_name(node: fx.Node, implementations: Mapping[Any, str]) -> str:
 
 def kind_of(op: str) -> str:
     """ "GEMM", "attention" or "other"."""
-    if op == ATTENTION:
+    if op in (ATTENTION, LATENT):
         return "attention"
     return "GEMM" if op in _PRODUCTS else "other"
 
@@ -156,6 +161,8 @@ def node_cost(op: str, node: fx.Node, sizes: Sizes) -> Cost:
     """Of a product or an attention; nothing for other ops."""
     if op == ATTENTION:
         return _attention_cost(node, sizes)
+    if op == LATENT:
+        return _latent_attention_cost(node, sizes)
     if op not in _PRODUCTS:
         return Cost()
     left, right = (node.args[index] for index in _PRODUCTS[op])
@@ -177,11 +184,13 @@ def node_cost(op: str, node: fx.Node, sizes: Sizes) -> Cost:
 
 def may_read_matrix(op: str) -> bool:
     """Whether what this op does with a matrix is known: a product, or nothing that is counted."""
-    return op in _PRODUCTS or op in _READERS
+    return op in _PRODUCTS or op in _READERS or op == LATENT
 
 
 def product_weight(op: str, node: fx.Node) -> fx.Node | None:
-    """The second operand of a product."""
+    """The second operand of a product, or what latents are multiplied with."""
+    if op == LATENT:
+        return node.args[3]  # pyright: ignore
     return node.args[_PRODUCTS[op][1]] if op in _PRODUCTS else None  # pyright: ignore
 
 
@@ -198,6 +207,28 @@ def _attention_cost(node: fx.Node, sizes: Sizes) -> Cost:
     return Cost(
         flops=2 * seen * num_heads * width,
         streamed_bytes=kept * num_kv_heads * width * itemsize,
+        activation_bytes=sizes.nbytes(query) + sizes.nbytes(node) + 2 * stored,
+    )
+
+
+def _latent_attention_cost(node: fx.Node, sizes: Sizes) -> Cost:
+    query, latent, k_rope, weight = node.args[:4]
+    window: int = node.args[_WINDOW_ARGUMENT]  # pyright: ignore
+    (_, num_heads, head_dim), (_, _, v_head_dim) = sizes.shape(query), sizes.shape(node)
+    (_, rank), (_, rope) = sizes.shape(latent), sizes.shape(k_rope)
+    elements = num_heads * (head_dim - rope + v_head_dim) * rank
+    products = kept = 0
+    for new, length in sizes.step.sequences:
+        pairs, keys = num_seen(new, length, window), num_keys(new, length, window)
+        expanded = keys * elements + pairs * num_heads * (head_dim + v_head_dim)
+        absorbed = new * elements + pairs * num_heads * (2 * rank + rope)
+        products += min(expanded, absorbed)
+        kept += keys
+    itemsize = latent.meta["val"].dtype.itemsize  # pyright: ignore
+    stored = sizes.nbytes(latent) + sizes.nbytes(k_rope)
+    return Cost(
+        flops=2 * products,
+        streamed_bytes=kept * (rank + rope) * itemsize + sizes.nbytes(weight),
         activation_bytes=sizes.nbytes(query) + sizes.nbytes(node) + 2 * stored,
     )
 

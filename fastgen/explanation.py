@@ -55,11 +55,13 @@ class Explanation:
     def __str__(self) -> str:
         layer = self.spec.layers[0]
         dtype = str(layer.dtype).removeprefix("torch.")
+        kept = f"{layer.num_kv_heads} KV heads x {layer.head_dim}"
+        if layer.kind == "latent":
+            kept = f"a latent of {layer.head_dim} and a key of {layer.v_head_dim} for all heads"
         lines = [
             f"{self.model} on {self.device}, one graph of {len(self.spec.layers)} attention layers",
-            f"  KV cache      {self.spec.bytes_per_token} bytes per token ({dtype}, "
-            f"{layer.num_kv_heads} KV heads x {layer.head_dim}), blocks of "
-            f"{self.config.block_size}; sequences of up to {self.max_model_len} tokens",
+            f"  KV cache      {self.spec.bytes_per_token} bytes per token ({dtype}, {kept}), "
+            f"blocks of {self.config.block_size}; sequences of up to {self.max_model_len} tokens",
         ]
         for item in self.report.passes:
             lines.append(f"  pass          {item.name}: {item.matches} ({item.status})")
@@ -116,6 +118,11 @@ class Explanation:
                 f"cache waste {metrics.cache_waste:.1%}, "
                 f"prefix cache hits {metrics.prefix_cache_hit_rate:.1%}"
             )
+            if metrics.forks:
+                lines.append(
+                    f"  beams         {metrics.forks} rows went on from another row's blocks, "
+                    f"{metrics.block_copies} blocks copied on write"
+                )
             if metrics.captured_graphs or metrics.capture_refusal:
                 lines.append(
                     f"  CUDA graphs   {metrics.captured_graphs} sizes of decode steps captured, "

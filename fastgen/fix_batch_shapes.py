@@ -28,24 +28,33 @@ _ROW_LINEAR = torch.ops.fastgen.row_linear.default
 _ROW_GROUPED_LINEAR = torch.ops.fastgen.row_grouped_linear.default
 
 # By name, whatever the overload; `_` at the end is the same op in place.
-_MOVES = """alias arange cat chunk clone constant_pad_nd contiguous copy detach dropout embedding
-empty empty_like expand expand_as flatten flip full full_like gather index index_put index_select
-lift_fresh_copy masked_fill narrow new_empty new_full new_ones new_zeros ones ones_like pad permute
-repeat reshape roll select slice split split_with_sizes squeeze stack t to _to_copy transpose tril
-triu type_as unbind unflatten unsqueeze view view_as where zeros zeros_like""".split()
+_MOVES = (
+    "alias", "arange", "cat", "chunk", "clone", "constant_pad_nd", "contiguous", "copy",
+    "detach", "dropout", "embedding", "empty", "empty_like", "expand", "expand_as", "flatten",
+    "flip", "full", "full_like", "gather", "index", "index_put", "index_select",
+    "lift_fresh_copy", "masked_fill", "narrow", "new_empty", "new_full", "new_ones",
+    "new_zeros", "ones", "ones_like", "pad", "permute", "repeat", "reshape", "roll", "select",
+    "slice", "split", "split_with_sizes", "squeeze", "stack", "t", "to", "_to_copy",
+    "transpose", "tril", "triu", "type_as", "unbind", "unflatten", "unsqueeze", "view",
+    "view_as", "where", "zeros", "zeros_like",
+)  # fmt: skip
 # IEEE arithmetic with one rounding, comparisons, and choices among numbers. histc counts.
-_ROUNDED_ONCE = """abs add amax amin argmax argmin argsort clamp clamp_max clamp_min div eq ge gt
-histc isfinite isinf isnan le logical_and logical_not logical_or lt max maximum min minimum mul ne
-neg relu rsub sort sub topk""".split()
+_ROUNDED_ONCE = (
+    "abs", "add", "amax", "amin", "argmax", "argmin", "argsort", "clamp", "clamp_max",
+    "clamp_min", "div", "eq", "ge", "gt", "histc", "isfinite", "isinf", "isnan", "le",
+    "logical_and", "logical_not", "logical_or", "lt", "max", "maximum", "min", "minimum", "mul",
+    "ne", "neg", "relu", "rsub", "sort", "sub", "topk",
+)  # fmt: skip
 _EXACT = frozenset(_MOVES + _ROUNDED_ONCE)
 # Of them what chooses among the numbers of a dimension, and what takes the last if none is named.
-_CHOICES = frozenset("amax amin argmax argmin argsort max min sort topk".split())
-_CHOICES_OF_THE_LAST = frozenset(("argsort", "sort", "topk"))
+_CHOICES = ("amax", "amin", "argmax", "argmin", "argsort", "max", "min", "sort", "topk")
+_CHOICES_OF_THE_LAST = ("argsort", "sort", "topk")
 # Known to treat rows apart, besides all pointwise ops: reductions and products of each.
-_OF_ROWS = frozenset(
-    """addmm baddbmm bmm cumsum layer_norm linalg_vector_norm linear log_softmax logsumexp matmul
-    mean mm prod rms_norm softmax _softmax std sum var""".split()
-)
+_OF_ROWS = (
+    "addmm", "baddbmm", "bmm", "cumsum", "layer_norm", "linalg_vector_norm", "linear",
+    "log_softmax", "logsumexp", "matmul", "mean", "mm", "prod", "rms_norm", "softmax",
+    "_softmax", "std", "sum", "var",
+)  # fmt: skip
 _FASTGEN_OF_ROWS = (
     "fastgen::rms_norm",
     "fastgen::add_rms_norm",

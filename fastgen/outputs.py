@@ -130,12 +130,13 @@ class EngineMetrics:
 
     cache_waste: unused slots / allocated slots, averaged over steps. cache_usage: allocated
     blocks / all blocks, now. prefix_tokens: tokens of the requests that were let in;
-    prefix_cache_hit_tokens: those of them that the prefix cache held. num_cached_blocks: blocks
-    whose content can be found, now. forward_seconds: in the model. sampling_seconds: from logits
-    to token ids. host_seconds: the rest of the steps. first_step_seconds: of the first step, 0
-    before it. captured_graphs: sizes of decode steps that are captured as CUDA graphs, now;
-    replayed_steps: of engine_steps those that were replayed with them; capture_refusal: why decode
-    steps are no longer captured, None if they are or never were.
+    prefix_cache_hit_tokens: those of them that the prefix cache held. forks: rows of a beam search
+    that went on from another row's blocks; block_copies: blocks that were copied for them.
+    num_cached_blocks: blocks whose content can be found, now. forward_seconds: in the model.
+    sampling_seconds: from logits to token ids. host_seconds: the rest of the steps.
+    first_step_seconds: of the first step, 0 before it. captured_graphs: sizes of decode steps that
+    are captured as CUDA graphs, now; replayed_steps: of engine_steps those that were replayed with
+    them; capture_refusal: why decode steps are no longer captured, None if they are or never were.
     """
 
     engine_steps: int = 0
@@ -153,6 +154,8 @@ class EngineMetrics:
     num_cached_blocks: int = 0
     cache_usage: float = 0.0
     cache_waste: float = 0.0
+    forks: int = 0
+    block_copies: int = 0
     forward_seconds: float = 0.0
     sampling_seconds: float = 0.0
     host_seconds: float = 0.0

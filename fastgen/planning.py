@@ -238,7 +238,8 @@ def plan(
         memory_bytes: What weights, packed copies, activations and cache may take together.
         max_model_len, max_num_seqs, max_num_batched_tokens, block_size, pack: As in `Config`; for
             "auto" a quarter of memory_bytes less the weights may be packed copies.
-        device: For the floors of TTFT and TPOT, and whether it packs weights (a CPU does).
+        device: For the floors of TTFT and TPOT, and whether it packs weights and caches latents
+            (a CPU does).
         prompt_tokens, batch, context_tokens: What the floors are asked for. None: a prompt of
             512 tokens, or of max_model_len if that is less; contexts as long as the prompt.
     Raises: UnsupportedModelError, naming what capture does not understand or why a plan from the
@@ -266,7 +267,7 @@ def plan(
         check_int(name, value, 1, length)
     check_int("batch", batch, 1, min(max_num_seqs, max_num_batched_tokens))
 
-    graph = _rewritten(model)
+    graph = _rewritten(model, on_cpu=device is None or device.packs)
     sizes = _Steps(graph)
     weights = _weights(model, graph, sizes, settings, memory_bytes, device)
     activation_bytes = sizes.activation_bytes(
@@ -356,11 +357,12 @@ def _max_model_len(model: Any, settings: Config) -> int:
     return wanted
 
 
-def _rewritten(model: Any) -> CapturedGraph:
+def _rewritten(model: Any, on_cpu: bool) -> CapturedGraph:
     """The graph after all passes but packing, which asks what device a weight is on."""
     captured = capture(model, shapes_only=True)
     try:
-        graph, _ = run_passes(captured, _PACKING)
+        off = _PACKING if on_cpu else (*_PACKING, "cache_latent")
+        graph, _ = run_passes(captured, off)
     except RequiredPassError as error:
         raise UnsupportedModelError(f"the graph cannot be rewritten: {error}") from error
     return graph

@@ -8,9 +8,11 @@ same, and transformers probes for it: there it is an empty module that looks uni
 if __name__ == "fastgen.kernels":
     from .attention import attention
     from .gated_activation import gelu_mul, silu_mul
+    from .latent_attention import latent_attention
     from .packed_gated_linear import packed_gated_linear
     from .packed_linear import packed_linear
     from .paged_attention import paged_attention
+    from .paged_latent_attention import paged_latent_attention
     from .registry import (
         CallSite,
         Choice,
@@ -33,9 +35,11 @@ if __name__ == "fastgen.kernels":
         "attention",
         "gelu_mul",
         "implementations",
+        "latent_attention",
         "packed_gated_linear",
         "packed_linear",
         "paged_attention",
+        "paged_latent_attention",
         "rms_norm",
         "rope",
         "rope_store_kv",

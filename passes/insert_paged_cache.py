@@ -1,5 +1,7 @@
 """insert_paged_cache: `fastgen::attention` -> `fastgen::paged_attention`.
 
+`fastgen::latent_attention` becomes `fastgen::paged_latent_attention` in the same way.
+
 The cache tensors of each layer and the batch metadata become inputs of the graph; what the cache
 must look like is read from the keys and values that the graph computes, and emitted as the
 `CacheSpec`. Required: every attention has its own layer index. Numerics: bit-equal attention over
@@ -28,13 +30,20 @@ _METADATA = {
 }
 _EXAMPLE_BLOCKS, _EXAMPLE_BLOCK_SIZE = 11, 16
 
+_ATTENTION = torch.ops.fastgen.attention.default
+_LATENT = torch.ops.fastgen.latent_attention.default
+_PAGED = torch.ops.fastgen.paged_attention.default
+_PAGED_LATENT = torch.ops.fastgen.paged_latent_attention.default
+
 
 @dataclass(frozen=True)
 class LayerCache:
     """What one attention layer keeps per token.
 
-    kind: "kv" (later latent, recurrent, conv). window: keys a query sees, 0 for all. layout names
-    how a block's slots lie in memory; "canonical" is [num_kv_heads, block_size, head_dim].
+    kind: "kv", keys and values; "latent", what they are made from: one vector of `head_dim` and a
+    rotated one of `v_head_dim` for all heads (later recurrent, conv). window: keys a query sees, 0
+    for all. layout names how a block's slots lie in memory; "canonical" is
+    [num_kv_heads, block_size, head_dim].
     """
 
     kind: str
@@ -46,8 +55,15 @@ class LayerCache:
     layout: str = "canonical"
 
     @property
+    def tensors(self) -> dict[str, int]:
+        """What its cache tensors are called, and how wide a head is in each."""
+        if self.kind == "latent":  # side by side: the keys of one head, whose values they are, too
+            return {"latent": self.head_dim + self.v_head_dim}
+        return {"key": self.head_dim, "value": self.v_head_dim}
+
+    @property
     def bytes_per_token(self) -> int:
-        return self.num_kv_heads * (self.head_dim + self.v_head_dim) * self.dtype.itemsize
+        return self.num_kv_heads * sum(self.tensors.values()) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -63,13 +79,11 @@ class CacheSpec:
 
 def insert_paged_cache(captured: CapturedGraph) -> PassReport:
     report = PassReport("insert_paged_cache")
-    attentions = [
-        node for node in captured.graph.nodes if node.target is torch.ops.fastgen.attention.default
-    ]
+    attentions = [node for node in captured.graph.nodes if node.target in (_ATTENTION, _LATENT)]
     if not attentions:
         return report
     for node in attentions:
-        if node.args[3] is not None:
+        if node.target is _ATTENTION and node.args[3] is not None:
             raise ValueError(
                 f"{node.name} has a mask ({node.args[3]}), which no paged op can carry"
             )
@@ -92,11 +106,16 @@ def insert_paged_cache(captured: CapturedGraph) -> PassReport:
     ]
     caches = _add_caches(captured, attentions, fake)
     for node, cache in zip(attentions, caches, strict=True):
-        query, key, value, _, scale, window, softcap, sinks, _ = node.args
+        # Of latents the fourth is their weight; of others a mask, which is None.
+        first, settings = (
+            (node.args[:4], node.args[4:6])
+            if node.target is _LATENT
+            else (node.args[:3], node.args[4:8])
+        )
         with captured.graph.inserting_before(node):
             paged = captured.graph.call_function(
-                torch.ops.fastgen.paged_attention.default,
-                (query, key, value, *cache, *metadata, scale, window, softcap, sinks),
+                _PAGED_LATENT if node.target is _LATENT else _PAGED,
+                (*first, *cache, *metadata, *settings),
             )
         paged.meta = dict(node.meta)
         node.replace_all_uses_with(paged)
@@ -107,38 +126,39 @@ def insert_paged_cache(captured: CapturedGraph) -> PassReport:
 
 def _add_caches(
     captured: CapturedGraph, attentions: list[fx.Node], fake
-) -> list[tuple[fx.Node, fx.Node]]:
-    """A key and a value cache input per attention, in graph order."""
-    layers = [node.args[8] for node in attentions]
+) -> list[tuple[fx.Node, ...]]:
+    """The cache inputs of each attention, in graph order."""
+    layers = [node.args[8 if node.target is _ATTENTION else 6] for node in attentions]
     if len(set(layers)) < len(layers):
         raise ValueError(f"each layer may have one attention, got layers {layers}")
     caches = []
     for index, node in enumerate(attentions):
-        pair = []
-        for role, argument in (("key", node.args[1]), ("value", node.args[2])):
-            _, num_kv_heads, head_dim = argument.meta["val"].shape  # pyright: ignore
-            shape = (_EXAMPLE_BLOCKS, num_kv_heads, _EXAMPLE_BLOCK_SIZE, head_dim)
-            value = fake(shape, argument.meta["val"].dtype, (0, 2))  # pyright: ignore
+        layer = _layer_cache(node, window=node.args[5])
+        inputs = []
+        for role, width in layer.tensors.items():
+            shape = (_EXAMPLE_BLOCKS, layer.num_kv_heads, _EXAMPLE_BLOCK_SIZE, width)
+            value = fake(shape, layer.dtype, (0, 2))
             spec = InputSpec("cache", f"{role}:{index}")
-            pair.append(captured.add_input(f"{role}_cache_{index}", spec, value))
-        caches.append(tuple(pair))
+            inputs.append(captured.add_input(f"{role}_cache_{index}", spec, value))
+        caches.append(tuple(inputs))
     return caches
+
+
+def _layer_cache(node: fx.Node, window: Any) -> LayerCache:
+    """What an attention's layer keeps, read from the keys and values it is given."""
+    latent = node.target in (_LATENT, _PAGED_LATENT)
+    key, value = node.args[1].meta["val"], node.args[2].meta["val"]  # pyright: ignore
+    return LayerCache(
+        kind="latent" if latent else "kv",
+        num_kv_heads=1 if latent else int(key.shape[1]),
+        head_dim=int(key.shape[-1]),
+        v_head_dim=int(value.shape[-1]),
+        dtype=key.dtype,
+        window=window,
+    )
 
 
 def cache_spec(captured: CapturedGraph) -> CacheSpec:
     """The spec of a graph with a paged cache, read from its attention nodes in graph order."""
-    layers = []
-    for node in captured.graph.nodes:
-        if node.target is torch.ops.fastgen.paged_attention.default:
-            key, value = node.args[1].meta["val"], node.args[2].meta["val"]
-            layers.append(
-                LayerCache(
-                    kind="kv",
-                    num_kv_heads=int(key.shape[1]),
-                    head_dim=int(key.shape[2]),
-                    v_head_dim=int(value.shape[2]),
-                    dtype=key.dtype,
-                    window=node.args[10],
-                )
-            )
-    return CacheSpec(tuple(layers))
+    paged = [node for node in captured.graph.nodes if node.target in (_PAGED, _PAGED_LATENT)]
+    return CacheSpec(tuple(_layer_cache(node, window=node.args[10]) for node in paged))

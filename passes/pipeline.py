@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from ..kernels import gpu
+from .cache_latent import cache_latent
 from .canonicalize import canonicalize
 from .fuse_gated_activation import fuse_gated_activation
 from .fuse_rms_norm import fuse_rms_norm
@@ -51,12 +53,18 @@ class Pass:
         return self.only_on is None or self.only_on(device)
 
 
+def _reads_latents(device: torch.device) -> bool:
+    """Whether latents are read faster than expanded keys; of the meta device nothing is known."""
+    return device.type in ("cpu", "meta")
+
+
 PASSES: tuple[Pass, ...] = (
     Pass(canonicalize, required=True),
     Pass(merge_linears),
     Pass(fuse_rms_norm),
     Pass(fuse_rope),
     Pass(fuse_gated_activation),
+    Pass(cache_latent, only_on=_reads_latents),
     Pass(pack_gated_linears),
     Pass(pack_linears),
     Pass(insert_paged_cache, required=True),
@@ -134,16 +142,25 @@ def check_form(graph: CapturedGraph) -> None:
     assert names == list(graph.inputs), f"inputs {list(graph.inputs)} do not name {names}"
 
 
+def _is_fixed(size: torch.SymInt) -> bool:
+    return size.node.expr.is_number
+
+
 def check_values(before: CapturedGraph, after: CapturedGraph) -> None:
     """Rerun the graph on fake tensors; the logits must keep their shape and dtype.
 
-    Every node's fake value is made anew on the way.
+    Every node's fake value is made anew on the way. Sizes that vary must go on doing so: an op that
+    torch knows no symbolic sizes for fixes them, for every graph of the capture.
     """
     old = before.output_value()
     after.module.recompile()
     values = [node.meta["val"] for node in after.placeholders()]
     mode = fake_mode_of(after.placeholders())
-    FakeTensorProp(after.module, mode).propagate_dont_convert_inputs(*values)
+    with enable_python_dispatcher():  # as in the capture: polar, for one, is symbolic only there
+        FakeTensorProp(after.module, mode).propagate_dont_convert_inputs(*values)
+    for node, value in zip(after.placeholders(), values, strict=True):
+        fixed = [size for size in value.shape if not isinstance(size, int) and _is_fixed(size)]
+        assert not fixed, f"{node.name} was of any length, and is now of {fixed[0]}"
     new = after.output_value()
     assert old.dtype == new.dtype, f"outputs were {old.dtype}, are {new.dtype}"
     assert str(old.shape) == str(new.shape), f"outputs were {old.shape}, are {new.shape}"

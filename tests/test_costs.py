@@ -74,3 +74,16 @@ def test_lowered_nodes_keep_their_sizes():
     sizes = Sizes(placeholders, list(compiled.inputs.values()), Step(6, 2, ((6, 6),)))
     output = next(node for node in module.graph.nodes if node.op == "output")
     assert sizes.shape(output.args[0]) == (2, 128)
+
+
+def test_latents_cost_the_cheaper_way_and_their_weight():
+    # 2 layers of 4 heads of 8 + 8 and 12, a latent of 16, fp32. The first sequence is absorbed: it
+    # has 9 pairs; the second, of 40 new tokens, is expanded: it has 820.
+    step = Step(num_tokens=41, num_rows=2, sequences=((1, 9), (40, 40)))
+    cost = costs_of(tiny_model("deepseek_v3"), step)["fastgen::paged_latent_attention"]
+    weight = 4 * (8 + 12) * 16
+    absorbed, expanded = weight + 9 * 4 * (2 * 16 + 8), 40 * weight + 820 * 4 * (16 + 12)
+    assert cost.flops == 2 * 2 * (absorbed + expanded)
+    assert cost.streamed_bytes == 2 * 4 * (weight + (9 + 40) * (16 + 8))
+    rows = 4 * 16 + 4 * 12 + 2 * (16 + 8)  # queries, results, latents in and stored
+    assert cost.activation_bytes == 2 * 4 * 41 * rows

@@ -1,4 +1,4 @@
-"""Twenty model families, each in every way a request can run: transformers' fp32 greedy tokens.
+"""Twenty-one model families, each in every way a request can run: transformers' fp32 greedy tokens.
 
 Quick runs take three families, `make test-all` takes all. What counts as transformers' answer is
 the row alone: its own left-padded batches differ for some models.
@@ -250,6 +250,7 @@ class Layers:
     num_kv_heads: int = 2
     head_dim: int = 16
     v_head_dim: int = 16
+    kind: str = "kv"
 
 
 LAYERS = {
@@ -262,7 +263,8 @@ LAYERS = {
     "gpt2": Layers(num_kv_heads=4),
     "qwen2_moe": Layers(windows=(0, 12)),
     "gpt_oss": Layers(windows=(12, 0), sinks=True),
-    "deepseek_v3": Layers(num_kv_heads=4, v_head_dim=12),
+    "deepseek_v2": Layers(num_kv_heads=1, v_head_dim=8, kind="latent"),
+    "deepseek_v3": Layers(num_kv_heads=1, v_head_dim=8, kind="latent"),
     "starcoder2": Layers(windows=(12, 12)),
 }
 
@@ -273,7 +275,13 @@ def test_every_attention_is_told_everything(family, engine):
     layers = compiled.spec.layers
     assert [layer.window for layer in layers] == list(expected.windows)
     assert {(x.kind, x.num_kv_heads, x.head_dim, x.v_head_dim, x.dtype) for x in layers} == {
-        ("kv", expected.num_kv_heads, expected.head_dim, expected.v_head_dim, torch.float32)
+        (
+            expected.kind,
+            expected.num_kv_heads,
+            expected.head_dim,
+            expected.v_head_dim,
+            torch.float32,
+        )
     }
     calls = paged_attentions(family.plain)
     assert [window for _, window, _, _ in calls] == list(expected.windows)
@@ -288,9 +296,16 @@ def paged_attentions(model) -> list[tuple]:
     """scale, window, softcap and the parameter of the sinks of each paged attention."""
     graph, _ = fastgen.passes.run_passes(fastgen.capture.capture(model))
     return [
-        (*node.args[9:12], graph.inputs[node.args[12].name].target if node.args[12] else None)
-        for node in graph.graph.nodes
-        if node.target is torch.ops.fastgen.paged_attention.default
+        (*settings[:3], graph.inputs[settings[3].name].target if settings[3] else None)
+        for settings in (
+            (*node.args[9:], *(0.0, None)[len(node.args) - 11 :])  # of latents neither of the two
+            for node in graph.graph.nodes
+            if node.target
+            in (
+                torch.ops.fastgen.paged_attention.default,
+                torch.ops.fastgen.paged_latent_attention.default,
+            )
+        )
     ]
 
 
@@ -299,7 +314,9 @@ def test_every_pass_ran(family, engine):
     others = {item.name: item.status for item in report.passes if item.status != "applied"}
     assert others == {"fuse_rope_store": "not for cpu"}
     assert next(p.matches for p in report.passes if p.name == "insert_paged_cache") == 2
-    kernels = report.kernels["fastgen::paged_attention"]
+    latent = LAYERS.get(family.name, Layers()).kind == "latent"
+    assert next(p.matches for p in report.passes if p.name == "cache_latent") == 2 * latent
+    kernels = report.kernels[f"fastgen::paged_{'latent_' * latent}attention"]
     assert sum(entry["calls"] for entry in kernels.values()) == 2
 
 
@@ -346,6 +363,7 @@ WITHOUT = {
         "window": {"layer_types": ["full_attention"] * 2},
         "rope": {"rope_parameters": {"rope_type": "default", "rope_theta": 150000.0}},
     },
+    "deepseek_v2": {"rope": {"qk_rope_head_dim": 4}},
     "deepseek_v3": {"groups": {"n_group": 1}, "scaling": {"routed_scaling_factor": 1.0}},
     "smollm3": {"rope": {"no_rope_layers": [1, 1]}},
     "starcoder2": {"window": {"sliding_window": None}},

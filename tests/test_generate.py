@@ -375,7 +375,7 @@ def test_ends_at_a_block_boundary(pair, end):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"num_beams": 2}, "num_beams=2"),
+        ({"low_memory": True}, "low_memory=True"),
         ({"use_cache": False}, "use_cache=False"),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
         ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens=2"),

@@ -191,7 +191,7 @@ USES = {
     "to": lambda model: model.to(torch.float32),
     "half": lambda model: model.half(),
     "share-memory": lambda model: model.share_memory(),
-    "beams": lambda model: generate(model, num_beams=2),
+    "no-cache": lambda model: generate(model, use_cache=False),
     "load": lambda model: model.load_state_dict(model.state_dict()),
     "load-assign": lambda model: model.load_state_dict(model.state_dict(), assign=True),
     "load-part": lambda model: model.load_state_dict({Q: torch.ones(64, 64)}, strict=False),
@@ -220,8 +220,8 @@ def test_the_message_names_the_weight_and_what_was_tried(released):
         released.lm_head(torch.ones(1, 64, dtype=BF16))
     with raises(f"data needs the values of {UP}"):
         _ = released.get_parameter(UP).data
-    with raises(r"transformers' own loop \(num_beams=2\)"):
-        generate(released, num_beams=2)
+    with raises(r"transformers' own loop \(use_cache=False\)"):
+        generate(released, use_cache=False)
 
 
 def test_what_needs_no_values_works(released):

@@ -117,6 +117,23 @@ _FAMILIES: dict[str, tuple[str, dict]] = {
             "num_key_value_heads": 4,
         },
     ),
+    "deepseek_v2": (
+        "DeepseekV2ForCausalLM",
+        {
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": None,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 12,
+            "head_dim": 8,
+            "num_key_value_heads": 4,
+        },
+    ),
     "smollm3": ("SmolLM3ForCausalLM", {"no_rope_layer_interval": 2}),
     "starcoder2": ("Starcoder2ForCausalLM", {"sliding_window": WINDOW}),
 }

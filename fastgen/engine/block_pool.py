@@ -109,6 +109,15 @@ class BlockPool:
             self._idle.pop(block, None)
             self._holders[block] += 1
 
+    def hold(self, blocks: list[int]) -> None:
+        """Hold blocks that others hold, published or not; see `num_holders` before you write."""
+        for block in blocks:
+            assert block in self._holders, "only a block in use can be held by one more"
+            self._holders[block] += 1
+
+    def num_holders(self, block: int) -> int:
+        return self._holders[block]
+
     def forget(self, blocks: list[int]) -> None:
         """Let nobody find these blocks any more: what they hold cannot be relied on."""
         for block in blocks:

@@ -164,10 +164,20 @@ class EngineCore:
 
         (self._mailbox.call if wait else self._mailbox.post)(cancel)
 
-    def feed(self, requests: list[Request], token_ids: list[int]) -> None:
-        """Append tokens that were chosen outside the engine, one to each request."""
+    def feed(
+        self, requests: list[Request], token_ids: list[int], parents: list[int] | None = None
+    ) -> None:
+        """Append tokens that were chosen outside the engine, one to each request.
 
-        self._mailbox.post(lambda: self._append_all(requests, token_ids))
+        parents: Request i goes on from request parents[i] first; None: each from itself.
+        """
+
+        def feed() -> None:
+            if parents is not None and self._scheduler is not None:
+                self._scheduler.fork(requests, parents)
+            self._append_all(requests, token_ids)
+
+        self._mailbox.post(feed)
 
     def read_caches(self, requests: list[Request]) -> list[list[tuple[torch.Tensor, ...]]]:
         """Copies of the keys and values of requests that wait for their next token, per layer.
@@ -304,7 +314,8 @@ class EngineCore:
                 request.cache_root = root_digest(
                     self.epoch, self.compiled.graph_id, request.cache_salt
                 )
-            self._counters["prompt_tokens"] += len(request.prompt_token_ids)
+            if not request.needs_fork:
+                self._counters["prompt_tokens"] += len(request.prompt_token_ids)
             self._scheduler.add(request)
 
     def _make_pool(self) -> None:
@@ -350,11 +361,10 @@ class EngineCore:
         if self._scheduler is None or self._runner is None:
             return False
         output = self._scheduler.schedule()
-        if self.poison_freed_blocks and output.freed_blocks:
-            self._runner.kv_cache.poison(output.freed_blocks)
-        if not output.num_seqs:
-            return False
         try:
+            self._runner.prepare_blocks(output, self.poison_freed_blocks)
+            if not output.num_seqs:
+                return False
             logits = self._runner.run(output)
             self._scheduler.advance(output)
             self._counters["engine_steps"] += 1
@@ -503,6 +513,8 @@ class EngineCore:
             prefix_tokens=self._stats.prefix_tokens,
             prefix_cache_hit_tokens=self._stats.prefix_hit_tokens,
             cache_waste=self._stats.cache_waste,
+            forks=self._stats.forks,
+            block_copies=self._stats.block_copies,
             forward_seconds=self._forward_seconds,
             sampling_seconds=self._sampling_seconds,
             host_seconds=self._host_seconds,

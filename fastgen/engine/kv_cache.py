@@ -13,10 +13,11 @@ from .block_pool import NULL_BLOCK
 
 
 class KVCache:
-    """One key and one value tensor per layer, blocks in dimension 0.
+    """One key and one value tensor per layer, or one of latents; blocks in dimension 0.
 
-    tensors: "key:<i>" / "value:<i>" -> [num_blocks, num_kv_heads, block_size, head_dim]. On the
-    CPU this is address space only: the system gives a page when it is first written.
+    tensors: "key:<i>" / "value:<i>" -> [num_blocks, num_kv_heads, block_size, head_dim], or
+    "latent:<i>", whose one head has the latent and the rotated key side by side. On the CPU this is
+    address space only: the system gives a page when it is first written.
     """
 
     def __init__(
@@ -25,7 +26,7 @@ class KVCache:
         self.spec, self.num_blocks, self.block_size = spec, num_blocks, block_size
         tensors = {}
         for index, layer in enumerate(spec.layers):
-            for role, width in (("key", layer.head_dim), ("value", layer.v_head_dim)):
+            for role, width in layer.tensors.items():
                 shape = (num_blocks, layer.num_kv_heads, block_size, width)
                 tensors[f"{role}:{index}"] = torch.empty(shape, dtype=layer.dtype, device=device)
                 tensors[f"{role}:{index}"][NULL_BLOCK] = 0
@@ -36,10 +37,27 @@ class KVCache:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def read(self, role: str, layer: int, block_ids: Sequence[int], length: int) -> torch.Tensor:
-        """A copy of a sequence's keys or values: [num_kv_heads, length, head_dim]."""
-        cache = self.tensors[f"{role}:{layer}"]
+        """A copy of a sequence's keys or values: [num_kv_heads, length, head_dim].
+
+        Where latents are kept the keys are the latents, the values the rotated keys, as
+        transformers' caches have them.
+        """
+        spec = self.spec.layers[layer]
+        if spec.kind == "latent":
+            cache = self.tensors[f"latent:{layer}"]
+            part = slice(spec.head_dim) if role == "key" else slice(spec.head_dim, None)
+            cache = cache[..., part]
+        else:
+            cache = self.tensors[f"{role}:{layer}"]
         pages = cache[torch.tensor(block_ids, dtype=torch.long, device=cache.device)]
         return pages.transpose(0, 1).flatten(1, 2)[:, :length]
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks (source, target): all sources are read before a target is written."""
+        sources, targets = torch.tensor(pairs, dtype=torch.long).unbind(1)
+        for tensor in self.tensors.values():
+            copied = tensor.index_select(0, sources.to(tensor.device))
+            tensor.index_copy_(0, targets.to(tensor.device), copied)
 
     def poison(self, block_ids: Sequence[int]) -> None:
         """Fill blocks with NaN, so that a test sees whoever reads them."""

@@ -14,19 +14,26 @@ from .threads import release_openmp_team
 class LockstepGroup:
     """A batch of B requests whose t-th tokens are chosen in one go from logits [B, vocab_size].
 
+    num_beams: So many rows, one behind the other, have the same prompt; it is computed once, and
+    the first `feed` must name the parents.
+
     The caller alternates `next_logits` and `feed` from its own thread and leaves the `with` block
     to end all rows. The engine may compute the rows in different steps, in chunks or again after a
     preemption: a row that is ready waits for the others.
     """
 
-    def __init__(self, engine: EngineCore, requests: list[Request]) -> None:
+    def __init__(self, engine: EngineCore, requests: list[Request], num_beams: int = 1) -> None:
+        assert len(requests) % num_beams == 0, "the prompts have different numbers of beams"
         self._engine = engine
         self.requests = requests
+        # Of each row the one that is computed for it, until the first feed.
+        self._leaders = [row - row % num_beams for row in range(len(requests))]
         self._rows: dict[int, torch.Tensor] = {}
         self._ready: queue.SimpleQueue = queue.SimpleQueue()
         self._num_given = 0  # logits given to the caller so far
         for row, request in enumerate(requests):
             request.group, request.row = self, row
+            request.needs_fork = self._leaders[row] != row
 
     def __enter__(self) -> LockstepGroup:
         self._engine.submit_all(self.requests, together=True)
@@ -46,17 +53,31 @@ class LockstepGroup:
             raise result
         return result
 
-    def feed(self, token_ids: list[int]) -> None:
-        """The next token of every row."""
-        self._engine.feed(self.requests, token_ids)
+    def feed(self, token_ids: list[int], parents: list[int] | None = None) -> None:
+        """The next token of every row.
+
+        parents: Row i goes on from what row parents[i] was, then gets token_ids[i]; None: every
+        row goes on from itself.
+        """
+        if parents is not None:
+            parents = [self._leaders[parent] for parent in parents]
+        assert parents is not None or not any(r.needs_fork for r in self.requests), (
+            "the beams of a prompt have no parents"
+        )
+        self._leaders = list(range(len(self.requests)))
+        self._engine.feed(self.requests, token_ids, parents)
+
+    def computed(self, rows: list[int]) -> list[Request]:
+        """The requests that hold what these rows have computed."""
+        return [self.requests[self._leaders[row]] for row in rows]
 
     def offer(self, request: Request, logits: torch.Tensor) -> None:
         """Called by the engine: one row's logits [vocab_size]."""
         if len(request.output_token_ids) < self._num_given:
             return  # it was preempted after it had offered these, and computed again
         self._rows[request.row] = logits
-        if len(self._rows) == len(self.requests):
-            rows = [self._rows[row] for row in range(len(self.requests))]
+        if len(self._rows) == len(set(self._leaders)):
+            rows = [self._rows[row] for row in self._leaders]
             self._rows.clear()
             self._num_given += 1
             self._ready.put(torch.stack(rows))

@@ -80,6 +80,9 @@ class Request:
         arrival_order: Place in the order of service; given by the scheduler.
         cache_root: What its block digests begin with; None: it shares no blocks.
         last_is_cached: All tokens were found in the cache, and the last one must be asked.
+        needs_fork: Nothing of it runs until it is forked from another request of its group.
+        shares_last_block: Its last block is not full and others held it when it was forked: who
+            writes first may have to copy it.
     """
 
     prompt_token_ids: list[int]
@@ -111,6 +114,8 @@ class Request:
     num_published_blocks: int = 0
     num_cached_tokens: int = 0
     last_is_cached: bool = False
+    needs_fork: bool = False
+    shares_last_block: bool = False
     status: RequestStatus = RequestStatus.NEW
     finish_reason: str | None = None
     stop_reason: int | str | None = None

@@ -33,6 +33,15 @@ class Runner:
         self.forward_seconds = 0.0
 
     @torch.inference_mode()
+    def prepare_blocks(self, output: SchedulerOutput, poison: bool) -> None:
+        """Copy the blocks that a step wants to have copied; `poison` fills freed ones with NaN."""
+        if output.block_copies:
+            self.kv_cache.copy_blocks(output.block_copies)
+        if poison:
+            targets = {target for _, target in output.block_copies}
+            self.kv_cache.poison([b for b in output.freed_blocks if b not in targets])
+
+    @torch.inference_mode()
     def run(self, output: SchedulerOutput) -> torch.Tensor:
         """Run one step; logits [rows that sample, vocab_size] in the order of `scheduled`."""
         bucket = None

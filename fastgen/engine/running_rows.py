@@ -45,6 +45,7 @@ class RunningRows:
         num_left: Tokens until max_tokens.
         is_special: 1 while more than the missing tokens decides what runs next.
         is_plain: 1 if only num_left and the stop ids can end it.
+        shares_last: 1 if others may hold its last block, which is not full.
     block_table: [capacity, width] int32. stop_ids: [capacity, MAX_STOP_IDS] int64.
     """
 
@@ -52,12 +53,12 @@ class RunningRows:
         self.num_rows = 0
         self.block_table = np.zeros((16, 16), np.int32)
         self.stop_ids = np.full((16, MAX_STOP_IDS), _NO_TOKEN, np.int64)
-        self._name(np.zeros((8, 16), np.int64))
+        self._name(np.zeros((9, 16), np.int64))
 
     def _name(self, numbers: np.ndarray) -> None:
         self._numbers = numbers
         self.num_tokens, self.num_computed, self.num_blocks, self.last_token = numbers[:4]
-        self.shift, self.num_left, self.is_special, self.is_plain = numbers[4:]
+        self.shift, self.num_left, self.is_special, self.is_plain, self.shares_last = numbers[4:]
 
     def add(self, request: Request) -> None:
         """A row behind the others."""
@@ -67,13 +68,17 @@ class RunningRows:
             self.stop_ids = np.concatenate([self.stop_ids, np.zeros_like(self.stop_ids)])
             self._name(np.concatenate([self._numbers, np.zeros_like(self._numbers)], axis=1))
         self.num_rows += 1
-        self.num_blocks[row] = 0
-        self.block_table[row] = 0
-        self.add_blocks(row, request.block_ids)
+        self.set_blocks(row, request.block_ids)
         self.stop_ids[row] = _NO_TOKEN
         if len(request.stop_token_ids) <= MAX_STOP_IDS:
             self.stop_ids[row, : len(request.stop_token_ids)] = list(request.stop_token_ids)
         self.write(row, request)
+
+    def set_blocks(self, row: int, blocks: Sequence[int]) -> None:
+        """Blocks in place of those the row has."""
+        self.num_blocks[row] = 0
+        self.block_table[row] = 0
+        self.add_blocks(row, blocks)
 
     def add_blocks(self, row: int, blocks: Sequence[int]) -> None:
         """Blocks that follow those the row has."""
@@ -96,7 +101,10 @@ class RunningRows:
         if output or num_prompt:
             self.last_token[row] = output[-1] if output else request.prompt_token_ids[-1]
         self.num_left[row] = request.sampling.max_tokens - len(output)
-        self.is_special[row] = request.needs_query or request.needs_prompt_logits
+        self.is_special[row] = (
+            request.needs_query or request.needs_prompt_logits or request.needs_fork
+        )
+        self.shares_last[row] = request.shares_last_block
         self.is_plain[row] = (
             request.first_token_time is not None
             and request.stop_text is None

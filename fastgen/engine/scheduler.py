@@ -9,6 +9,9 @@ one never loses anything and there is always progress.
 A request that is let in begins with the blocks of its prefix that were published before it. Blocks
 are published as soon as their tokens are scheduled: a step writes all keys and values before it
 reads any, so that requests of the same step share too.
+
+A fork lets a request go on from what another one has computed. Both hold the same blocks from then
+on; of those who are about to write into a block that is not full all but the last copy it first.
 """
 
 from __future__ import annotations
@@ -57,12 +60,14 @@ class ScheduledRequest:
 class SchedulerOutput:
     """One step: what runs, and the blocks whose content was given up since the last one.
 
-    decodes: The oldest requests, if they run their last token; nearly all of most steps. items: Of
-    the requests that follow them.
+    block_copies: (source, target) of blocks to copy before the step: all sources are read first,
+    then freed blocks may lose their content, a target never. decodes: The oldest requests, if they
+    run their last token; nearly all of most steps. items: Of the requests that follow them.
     """
 
     items: list[ScheduledRequest] = field(default_factory=list)
     freed_blocks: list[int] = field(default_factory=list)
+    block_copies: list[tuple[int, int]] = field(default_factory=list)
     decodes: Decodes = field(default_factory=lambda: RunningRows().decodes([]))
 
     @property
@@ -87,13 +92,16 @@ class SchedulerStats:
     """Counts that outlive a scheduler.
 
     finished: requests by reason. prefix_tokens: tokens of requests when they were first let in;
-    prefix_hit_tokens: those of them that were found in the cache.
+    prefix_hit_tokens: those of them that were found in the cache. forks: requests that went on
+    from another one's blocks; block_copies: blocks that were copied for them.
     """
 
     finished: Counter[str] = field(default_factory=Counter)
     preemptions: int = 0
     prefix_tokens: int = 0
     prefix_hit_tokens: int = 0
+    forks: int = 0
+    block_copies: int = 0
     waste_sum: float = 0.0
     waste_steps: int = 0
 
@@ -154,7 +162,7 @@ class Scheduler:
             request = self.running[index]
             item = self._next_tokens(request, budget)
             if item is not None:
-                if not self._reserve(request, item):
+                if not self._reserve(request, item, output):
                     break  # the request itself was the youngest and gave up its blocks
                 self._add(output, item, budget)
             index += 1
@@ -163,10 +171,11 @@ class Scheduler:
                 break
             item = self._next_tokens(request, budget)
             if item is not None:
-                allocated = self._allocate(request, item)
+                allocated = self._allocate(request, item, output)
                 assert allocated, "a request was let in without the blocks for it"
                 self._add(output, item, budget)
         output.freed_blocks = self.pool.take_discarded()
+        self.stats.block_copies += len(output.block_copies)
         self._count_waste(output)
         return output
 
@@ -227,6 +236,37 @@ class Scheduler:
             self.rows.write(self._row(request), request)
         return reason
 
+    def fork(self, requests: list[Request], parents: Sequence[int]) -> None:
+        """Request i goes on from what request parents[i] has generated and computed.
+
+        Who takes part must have caught up with its tokens once since the last fork; of those that
+        were preempted meanwhile only the tokens are taken over, and computed again.
+        """
+        if any(request.status is RequestStatus.FINISHED for request in requests):
+            return  # an error has ended one of them: the caller will hear of it
+        changed = [
+            (request, _History(requests[parent]), request.block_ids)
+            for request, parent in zip(requests, parents, strict=True)
+            if requests[parent] is not request
+        ]
+        for request, history, _ in changed:
+            history.give(request)
+            self.pool.hold(request.block_ids)
+            request.needs_fork = False
+        for _, _, blocks in changed:  # when all that goes on is held
+            self.pool.free(blocks)
+        for request in requests:
+            request.shares_last_block = (
+                request.num_computed_tokens % self.block_size > 0
+                and self.pool.num_holders(request.block_ids[-1]) > 1
+            )
+        for request in requests:
+            if request.status is RequestStatus.RUNNING:
+                row = self._row(request)
+                self.rows.set_blocks(row, request.block_ids)
+                self.rows.write(row, request)
+        self.stats.forks += len(changed)
+
     def finish(self, request: Request, reason: str, error: BaseException | None = None) -> None:
         """End a request in any state and free its blocks; ending it again changes nothing."""
         if request.status is RequestStatus.FINISHED:
@@ -246,6 +286,8 @@ class Scheduler:
         """Move the first waiting request to the running ones, if there are blocks for it."""
         shared = self._published_prefix(request)
         fresh = self.num_blocks_for(request.num_tokens) - len(shared)
+        if request.needs_fork:
+            fresh = 0
         if fresh > self.pool.num_free - self.pool.num_idle(shared):
             return False
         self.waiting.popleft()
@@ -253,9 +295,10 @@ class Scheduler:
         num_cached = len(shared) * self.block_size
         if request.scheduled_time is None:
             request.scheduled_time = time.perf_counter()
-            request.num_cached_tokens = num_cached
-            self.stats.prefix_tokens += request.num_tokens
-            self.stats.prefix_hit_tokens += num_cached
+            if not request.needs_fork:
+                request.num_cached_tokens = num_cached
+                self.stats.prefix_tokens += request.num_tokens
+                self.stats.prefix_hit_tokens += num_cached
         self.pool.share(shared)
         request.block_ids = shared
         request.num_published_blocks = len(shared)
@@ -280,8 +323,8 @@ class Scheduler:
         return self.running[: len(requests)] == requests
 
     def _published_prefix(self, request: Request) -> list[int]:
-        if request.needs_prompt_logits:
-            return []  # every prompt token must be computed
+        if request.needs_prompt_logits or request.needs_fork:
+            return []  # every prompt token must be computed, or none
         return self.pool.find(block_digests(request, request.num_tokens, self.block_size))
 
     def _schedule_decodes(self, output: SchedulerOutput, budget: _Budget) -> int:
@@ -292,11 +335,14 @@ class Scheduler:
         count = min(self.rows.num_ready(), budget.tokens)
         num_tokens = self.rows.num_tokens[:count]
         opens = self.rows.num_blocks[:count] * self.block_size < num_tokens
-        if not count or np.count_nonzero(opens) > self.pool.num_free:
+        shares = self.rows.shares_last[:count] > 0
+        if not count or np.count_nonzero(opens | shares) > self.pool.num_free:
             return 0
         fills = num_tokens % self.block_size == 0
-        for row in np.flatnonzero(opens | fills).tolist():
+        for row in np.flatnonzero(opens | fills | shares).tolist():
             request = self.running[row]
+            if shares[row]:
+                self._own_last_block(request, row, output)
             if opens[row]:
                 blocks = self.pool.allocate(1)
                 assert blocks is not None, "free blocks were counted and not found"
@@ -310,6 +356,8 @@ class Scheduler:
 
     def _next_tokens(self, request: Request, budget: _Budget) -> ScheduledRequest | None:
         """The next piece of a request's work, or None if it waits for its token or its turn."""
+        if request.needs_fork:
+            return None
         start = request.num_computed_tokens
         if missing := request.num_tokens - start:
             all_logits = request.needs_prompt_logits
@@ -352,18 +400,40 @@ class Scheduler:
             return 0
         return self.num_blocks_for(item.start + item.num_tokens) - len(request.block_ids)
 
-    def _allocate(self, request: Request, item: ScheduledRequest) -> bool:
-        blocks = self.pool.allocate(self._missing_blocks(request, item))
-        if blocks is None:
+    def _must_copy(self, request: Request) -> bool:
+        """Whether others hold the block that the request's next token goes into."""
+        return request.shares_last_block and self.pool.num_holders(request.block_ids[-1]) > 1
+
+    def _own_last_block(self, request: Request, row: int, output: SchedulerOutput) -> None:
+        """Before a request writes into its last block, which others may hold."""
+        if self._must_copy(request):
+            blocks = self.pool.allocate(1)
+            assert blocks is not None, "free blocks were counted and not found"
+            shared = request.block_ids[-1]
+            output.block_copies.append((shared, blocks[0]))
+            self.pool.free([shared])
+            request.block_ids[-1:] = blocks
+            self.rows.set_blocks(row, request.block_ids)
+        request.shares_last_block = False
+        self.rows.shares_last[row] = 0
+
+    def _allocate(self, request: Request, item: ScheduledRequest, output: SchedulerOutput) -> bool:
+        writes_into_last = item.query is None and request.shares_last_block
+        needed = self._missing_blocks(request, item)
+        if needed + (writes_into_last and self._must_copy(request)) > self.pool.num_free:
             return False
+        if writes_into_last:
+            self._own_last_block(request, self._row(request), output)
+        blocks = self.pool.allocate(needed)
+        assert blocks is not None, "free blocks were counted and not found"
         if blocks:
             request.block_ids.extend(blocks)
             self.rows.add_blocks(self._row(request), blocks)
         return True
 
-    def _reserve(self, request: Request, item: ScheduledRequest) -> bool:
+    def _reserve(self, request: Request, item: ScheduledRequest, output: SchedulerOutput) -> bool:
         """Blocks for a running request, from the youngest if need be; False if that is itself."""
-        while not self._allocate(request, item):
+        while not self._allocate(request, item, output):
             victim = self.running[-1]
             self._preempt(victim)
             if victim is request:
@@ -375,7 +445,7 @@ class Scheduler:
         self._free(request)
         request.status = RequestStatus.WAITING
         request.num_computed_tokens = 0
-        request.query_done = request.last_is_cached = False
+        request.query_done = request.last_is_cached = request.shares_last_block = False
         request.num_preemptions += 1
         self.stats.preemptions += 1
         index = bisect.bisect_left(self.waiting, _age(request), key=_age)
@@ -387,7 +457,10 @@ class Scheduler:
         request.num_published_blocks = 0
 
     def _count_waste(self, output: SchedulerOutput) -> None:
-        """Only the end of a request's last blocks is unused: shared blocks are full."""
+        """Only the end of a request's last blocks is unused: shared blocks are full.
+
+        But for those of forked requests that wait: theirs count once for each.
+        """
         allocated = self.pool.num_used * self.block_size
         if not output.num_seqs or not allocated:
             return
@@ -395,6 +468,28 @@ class Scheduler:
         unused -= sum(item.num_tokens for item in output.items if item.query is None)
         self.stats.waste_sum += unused / allocated
         self.stats.waste_steps += 1
+
+
+class _History:
+    """What a request has generated and computed, for those who go on from it."""
+
+    def __init__(self, request: Request) -> None:
+        self._output_token_ids = request.output_token_ids
+        self._block_digests = request.block_digests
+        self._block_ids = request.block_ids
+        self._num_computed_tokens = request.num_computed_tokens
+        self._num_published_blocks = request.num_published_blocks
+        self._last_is_cached = request.last_is_cached
+
+    def give(self, request: Request) -> None:
+        """The lists are the request's own; one that waits gets no blocks."""
+        request.output_token_ids = list(self._output_token_ids)
+        request.block_digests = list(self._block_digests)
+        if request.status is RequestStatus.RUNNING:
+            request.block_ids = list(self._block_ids)
+            request.num_computed_tokens = self._num_computed_tokens
+            request.num_published_blocks = self._num_published_blocks
+            request.last_is_cached = self._last_is_cached
 
 
 @dataclass

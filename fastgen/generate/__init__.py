@@ -6,7 +6,8 @@ in. What the engine cannot do exactly is run by transformers' own loop, on the u
 
     patch.py     the patched method: native, or transformers' loop with the reason
     support.py   what may be asked for, and who does it
-    prepared.py  a prepared call -> rows.py  its requests -> free_running.py | sample_loop.py
+    prepared.py  a prepared call -> rows.py  its requests
+                 -> free_running.py | sample_loop.py | beam_loop.py
 """
 
 from .patch import Optimized, patch, unpatch

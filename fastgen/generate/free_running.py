@@ -16,6 +16,7 @@ def may_run_free(call: PreparedCall) -> bool:
     config = call.generation_config
     return (
         not config.do_sample
+        and call.num_beams == 1
         and not config.return_dict_in_generate
         and len(call.logits_processor) == 0
         and all(type(c) in (MaxLengthCriteria, EosTokenCriteria) for c in call.stopping_criteria)

@@ -15,8 +15,10 @@ import torch
 
 from ..engine.engine import EngineCore
 from ..errors import CapacityError, UnsupportedModelError
+from .beam_loop import run_beam_loop
 from .free_running import may_run_free, run_free
 from .prepared import PreparedCall, TransformersLoop
+from .returned_cache import check_kinds
 from .rows import requests_of
 from .sample_loop import run_sample_loop
 from .stop_strings import take_stop_strings, with_stop_strings
@@ -90,8 +92,11 @@ def _generate_native(
         generation_config: Any,
         **model_kwargs: Any,
     ) -> Any:
+        if generation_config.return_dict_in_generate and "past_key_values" in model_kwargs:
+            check_kinds(model, engine)
         return _decode(
             PreparedCall(
+                model,
                 engine,
                 input_ids,
                 logits_processor,
@@ -136,4 +141,6 @@ def _decode(call: PreparedCall) -> Any:
             )
     if call.streamer is not None:
         call.streamer.put(call.input_ids.cpu())
-    return run_free(call, requests) if free else run_sample_loop(call, requests)
+    if free:
+        return run_free(call, requests)
+    return (run_beam_loop if call.num_beams > 1 else run_sample_loop)(call, requests)

@@ -18,11 +18,12 @@ class TransformersLoop(Exception):
 class PreparedCall:
     """What transformers hands to its decoding loop, and the engine that computes the logits.
 
-    input_ids: [B, T] int64, left-padded, repeated for num_return_sequences. attention_mask and
-    position_ids: of the same shape, or None. past_key_values: the empty cache object that the
-    result carries, or None.
+    model: as transformers calls it. input_ids: [B, T] int64, left-padded, repeated for
+    num_return_sequences or num_beams. attention_mask and position_ids: of the same shape, or None.
+    past_key_values: the empty cache object that the result carries, or None.
     """
 
+    model: Any
     engine: EngineCore
     input_ids: torch.Tensor
     logits_processor: Any
@@ -32,6 +33,10 @@ class PreparedCall:
     attention_mask: torch.Tensor | None
     position_ids: torch.Tensor | None
     past_key_values: Any
+
+    @property
+    def num_beams(self) -> int:
+        return self.generation_config.num_beams or 1
 
     @property
     def max_new_tokens(self) -> int:

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from ..engine.engine import EngineCore
 from ..engine.request import Request
-from .prepared import PreparedCall
+from .prepared import PreparedCall, TransformersLoop
+
+
+def check_kinds(model: Any, engine: EngineCore) -> None:
+    """Raise TransformersLoop if transformers' cache, which is returned, holds something else.
+
+    Where a model expands what was cached, transformers caches latents, and the engine's cache does
+    if `cache_latent` has found them all.
+    """
+    expanding = sum(hasattr(module, "expand_kv") for module in model.modules())
+    if sum(layer.kind == "latent" for layer in engine.compiled.spec.layers) != expanding:
+        raise TransformersLoop("transformers' cache holds latents, the engine's does not")
 
 
 def fill_cache(call: PreparedCall, requests: list[Request], length: int) -> None:

@@ -63,7 +63,7 @@ ARGUMENTS: tuple[Row, ...] = (
     *_native("any, called with the history that transformers would have given", "logits_processor"),
     *_native("any", "stopping_criteria"),
     *_native(_PROCESSOR, "prefix_allowed_tokens_fn"),
-    *_native("any", "streamer"),
+    *_native("any; with beams transformers raises", "streamer"),
     *_native("for stop_strings", "tokenizer"),
     *_native(_NO_ASSISTANT, "assistant_tokenizer"),
     *_native("for code from the Hub", "trust_remote_code"),
@@ -107,8 +107,8 @@ FIELDS: tuple[Row, ...] = (
         "watermarking_config",
     ),
     *_native("", "return_dict_in_generate", "output_scores", "output_logits"),
-    *_native("asks for nothing without beams", "early_stopping", "length_penalty"),
-    _loop("num_beams", "beam search", 1),
+    *_native("beams go on from one another's blocks", "num_beams"),
+    *_native("for beams", "early_stopping", "length_penalty"),
     _loop("output_attentions", "attention weights, which no fused kernel computes", False),
     _loop("output_hidden_states", "hidden states of all layers", False),
     Row("use_cache", By.LOOP, "no cache is to be kept", (None, True)),
@@ -159,21 +159,37 @@ def check_call(model: Any, arguments: dict[str, Any]) -> None:
         if name not in _fields():
             _check(_ARGUMENTS.get(name), name, value)
     given = arguments.get("generation_config")
+
+    def chosen(name: str) -> Any:
+        """A field's value: the first that is set wins, as transformers merges them."""
+        configs = (given, model.generation_config)
+        values = (arguments.get(name), *(getattr(config, name, None) for config in configs))
+        return next((value for value in values if value is not None), None)
+
     for name in _fields():
-        for value in (
-            arguments.get(name),
-            getattr(given, name, None),
-            getattr(model.generation_config, name, None),
-        ):
-            if value is not None:  # the first that is set wins, as transformers merges them
-                _check(_FIELDS.get(name), name, value)
-                break
+        if (value := chosen(name)) is not None:
+            _check(_FIELDS.get(name), name, value)
+    _check_beams(model, chosen("num_beams"), arguments)
     if torch.is_autocast_enabled(model.device.type):
         raise TransformersLoop("autocast is on")
     if _get_current_dispatch_mode() is not None:
         raise TransformersLoop("a torch dispatch mode is active")
     if dropout := _active_dropout(model):
         raise TransformersLoop(f"the model is in training mode with dropout ({dropout})")
+
+
+def _check_beams(model: Any, num_beams: Any, arguments: dict[str, Any]) -> None:
+    from transformers import GenerationMixin
+
+    if num_beams in (None, 1):
+        return
+    if type(num_beams) is not int or num_beams < 1:
+        raise TransformersLoop(f"num_beams={num_beams!r}")
+    if "streamer" in arguments:
+        raise TransformersLoop("a streamer with beams")
+    own = type(model)._beam_search is not GenerationMixin._beam_search  # pyright: ignore
+    if own or hasattr(model, "_reorder_cache"):
+        raise TransformersLoop(f"{type(model).__name__} has a beam search of its own")
 
 
 def _check(row: Row | None, name: str, value: Any) -> None:

@@ -50,11 +50,16 @@ class IntRunner:
             index % self.block_size
         )
 
+    def _block(self, block: int) -> list[int | None]:
+        return self.slots[block * self.block_size : (block + 1) * self.block_size]
+
     def run(self, output: SchedulerOutput) -> dict[Request, int]:
         """Write the scheduled tokens and give the next token of every request that samples."""
-        for block in output.freed_blocks:
+        copied = [(self._block(source), target) for source, target in output.block_copies]
+        empty: list[int | None] = [None] * self.block_size
+        for ids, block in [(empty, block) for block in output.freed_blocks] + copied:
             start = block * self.block_size
-            self.slots[start : start + self.block_size] = [None] * self.block_size
+            self.slots[start : start + self.block_size] = ids
         sampled = {}
         for item in output.scheduled:  # a step writes everything before it reads anything
             if item.query is None:
@@ -201,7 +206,8 @@ class Simulation:
         for request in self.requests:
             assert request.cache_root or not request.num_cached_tokens, "shared what it must not"
         for block, count in holders.items():
-            assert count == 1 or block in pool._digests, "a private block is in two hands"
+            if count > 1 and block not in pool._digests:
+                self.check_forked(block)
         assert len(scheduler.running) <= scheduler.max_num_seqs
         running, waiting = list(scheduler.running), list(scheduler.waiting)
         by_status = {RequestStatus.RUNNING: running, RequestStatus.WAITING: waiting}
@@ -215,6 +221,18 @@ class Simulation:
                 assert not request.block_ids
             assert (request.status is RequestStatus.FINISHED) == (request.finish_reason is not None)
 
+    def check_forked(self, block: int) -> None:
+        """Requests of one group hold an unpublished block together, for the same tokens."""
+        by = [request for request in self.requests if block in request.block_ids]
+        assert by[0].group, "a private block is in two hands"
+        assert len({request.group for request in by}) == 1, "a private block is in two hands"
+        start = by[0].block_ids.index(block) * self.scheduler.block_size
+        for request in by:
+            end = min(start + self.scheduler.block_size, request.num_computed_tokens)
+            assert self.runner._block(block)[: end - start] == request.token_ids(start, end)
+            if end < start + self.scheduler.block_size:
+                assert request.shares_last_block
+
     def check_rows(self) -> None:
         """The arrays say what the running requests say."""
         rows, running = self.scheduler.rows, self.scheduler.running
@@ -225,6 +243,7 @@ class Simulation:
             assert rows.block_table[row, : len(blocks)].tolist() == blocks
             assert not rows.block_table[row, len(blocks) :].any()
             assert rows.num_tokens[row] == request.num_tokens
+            assert rows.shares_last[row] == request.shares_last_block
             assert rows.num_computed[row] == request.num_computed_tokens
             assert rows.num_left[row] == request.sampling.max_tokens - len(request.output_token_ids)
             if request.num_tokens:

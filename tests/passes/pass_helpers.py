@@ -31,24 +31,29 @@ _SIZES = {
     "pad_token_id": 0,
 }
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 32,
+}
 _MORE = {
-    "deepseek_v3": {
-        "num_key_value_heads": 4,
-        "q_lora_rank": 24,
-        "kv_lora_rank": 16,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 16,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_group": 2,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-        "moe_intermediate_size": 32,
-    },
+    "axk1": _LATENT,
+    "deepseek_v2": {**_LATENT, "q_lora_rank": None, "head_dim": 8},
+    "deepseek_v3": _LATENT,
     "gemma2": {"head_dim": 16},
     "gemma3_text": {"head_dim": 16},
     "glm": {"head_dim": 16},
+    "glm4_moe_lite": _LATENT,
     "gpt_neox": {"rotary_pct": 0.5},
     "gpt_oss": {
         "head_dim": 16,
@@ -56,6 +61,7 @@ _MORE = {
         "num_experts_per_tok": 2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
+    "minicpm3": _LATENT,
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "phi3": {"partial_rotary_factor": 0.5},
     "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 32},
@@ -63,6 +69,7 @@ _MORE = {
     "qwen3_moe": {"head_dim": 16, **_EXPERTS},
     "smollm3": {"no_rope_layers": [1, 0]},
     "stablelm": {"partial_rotary_factor": 0.5},
+    "youtu": _LATENT,
 }
 
 

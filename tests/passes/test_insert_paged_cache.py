@@ -85,7 +85,7 @@ class Cache:
         self.tensors = {}
         for index, layer in enumerate(spec.layers):
             shape = (num_blocks, layer.num_kv_heads, block_size)
-            for role, width in (("key", layer.head_dim), ("value", layer.v_head_dim)):
+            for role, width in layer.tensors.items():
                 self.tensors[f"{role}:{index}"] = torch.full(
                     (*shape, width), torch.nan, dtype=layer.dtype
                 )
