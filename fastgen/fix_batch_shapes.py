@@ -198,6 +198,10 @@ def _is_exact(node: fx.Node) -> bool:
         return _argument(node, "rounding_mode") is None
     if name == "dropout":
         return not _argument(node, "train")
+    if name == "repeat_interleave":  # each as often as the next
+        return isinstance(_argument(node, "repeats"), int)
+    if name == "scatter":  # one number everywhere; of several it is open which comes last
+        return _argument(node, "value") is not None and _argument(node, "reduce") is None
     return op.startswith("aten::") and name in _EXACT
 
 
