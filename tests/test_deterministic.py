@@ -32,8 +32,10 @@ class Ledger:
         self.times_met_again = self.differences = 0
 
     def note(self, tokens: tuple[int, ...], logits: torch.Tensor) -> None:
-        known = self.rows.setdefault(tokens, logits.clone())
-        self.times_met_again += known is not logits
+        if (known := self.rows.get(tokens)) is None:
+            self.rows[tokens] = logits.clone()
+            return
+        self.times_met_again += 1
         self.differences += not torch.equal(known, logits)
 
     def note_step(self, output, logits: torch.Tensor) -> None:

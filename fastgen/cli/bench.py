@@ -51,6 +51,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="default: 3, medians are shown")
     parser.add_argument("--block-size", type=int, default=16, help="16, 32 or 64; default: 16")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="measure fastgen with deterministic=True beside fastgen",
+    )
     parser.add_argument("--no-peers", action="store_true", help="measure fastgen alone")
     parser.add_argument("--no-transformers", action="store_true", help="leave transformers out")
     parser.add_argument(
@@ -149,7 +154,9 @@ def run_workload(arguments: argparse.Namespace) -> dict[str, Any]:
         print(json.dumps(result, indent=2))
         raise ValueError("the parity gate failed: tokens or logits differ from transformers'")
     transformers = not (arguments.no_peers or arguments.no_transformers)
-    engines = engines_for(model, workload, arguments.block_size, transformers)
+    engines = engines_for(
+        model, workload, arguments.block_size, transformers, arguments.deterministic
+    )
     threads = torch.get_num_threads()
     with peers.loaded(chosen, model, arguments.dtype, workload, threads) as loaded:
         turns = [functools.partial(peer.turn, workload) for peer in loaded]
