@@ -61,6 +61,16 @@ class _Graph:
     max_model_len: int
 
 
+def check_deterministic(device: torch.device) -> None:
+    """Raise UnsupportedModelError unless deterministic=True can be had on a device."""
+    if device.type != "cpu":
+        raise UnsupportedModelError(
+            f"deterministic=True is for models on the CPU, this one is on {device.type}, where "
+            "products and attention choose their order of summation by the batch; move the model "
+            "or leave deterministic off"
+        )
+
+
 class OptimizedModel:
     """What fastgen keeps for one live model: its graphs, its weights' memory, its engine.
 
@@ -100,14 +110,10 @@ class OptimizedModel:
     def _capture(self, model: Any) -> _Graph:
         max_model_len = self._max_model_len(model)
         device = next(model.parameters()).device
+        if self.config.deterministic:
+            check_deterministic(device)
         if device.type == "cpu":
             self._load_kernels()
-        elif self.config.deterministic:
-            raise UnsupportedModelError(
-                f"deterministic=True is for models on the CPU, {self.class_name} is on "
-                f"{device.type}, whose kernels choose their order of summation by the batch; "
-                "move the model or leave deterministic off"
-            )
         budget = self._pack_budget_bytes(model, device)
         if self.config.graph_cache:
             graph, report = self._cached(model, device, budget)
