@@ -27,6 +27,14 @@ bench: $(VENV)/.installed
 docs: $(VENV)/.installed
 	$(BIN)/python -m fastgen.generate > GENERATE.md
 
+# Every causal LM type of the installed transformers, and the table of them.
+models: $(VENV)/.installed
+	PYTHONPATH=tests $(BIN)/python -m every_model --table MODELS.md
+
+# The same under the newest and the oldest supported transformers.
+matrix: $(VENV)/.installed
+	PYTHONPATH=tests $(BIN)/python -m every_model.matrix
+
 # torch comes first: with it installed, nothing else pulls another build of it.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,4 +44,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .matrix build dist *.egg-info

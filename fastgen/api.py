@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import sys
 import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from . import graph_cache
-from .capture import capture, check_model
-from .compiled import CompiledForward, rewrite
+from .capture import check_model
+from .compiled import CompiledForward
 from .config import Config
 from .engine.engine import EngineCore
-from .engine.kv_cache import free_memory_bytes
 from .errors import NotOptimizedError, ReleasedWeightsError, UnsupportedModelError
 from .explanation import Explanation
 from .fingerprint import fingerprint
 from .generate import TransformersLoop, patch, unpatch
-from .graph_key import NotCacheableError, graph_key
-from .kernels.cpu import MissingLibraryError, why_missing
-from .kernels.cpu.build import cache_dir
+from .graphs import GraphMaker, Graphs, timed
 from .live import Change, LiveWeights
-from .passes import CapturedGraph, Report
+from .passes import PLAIN, Variant
 from .released import WAY_BACK, guard, unguard
 from .versions import warn_of_untested_versions
 from .wrappers import replaces_inputs, unwrap, wrapper_refusal
@@ -48,27 +40,6 @@ _step_hook: RemovableHandle | None = None
 
 # Graphs kept for a model that changes to and fro, as an adapter is switched on and off.
 _NUM_GRAPHS_KEPT = 4
-# Room for packed copies beyond this, in eighths of the weights, changes nothing.
-_AMPLE_EIGHTHS = 16
-
-
-@dataclass(frozen=True)
-class _Graph:
-    """What was made of one fingerprint of the model; holds no weights while it is set aside."""
-
-    compiled: CompiledForward
-    device: torch.device
-    max_model_len: int
-
-
-def check_deterministic(device: torch.device) -> None:
-    """Raise UnsupportedModelError unless deterministic=True can be had on a device."""
-    if device.type != "cpu":
-        raise UnsupportedModelError(
-            f"deterministic=True is for models on the CPU, this one is on {device.type}, where "
-            "products and attention choose their order of summation by the batch; move the model "
-            "or leave deterministic off"
-        )
 
 
 class OptimizedModel:
@@ -83,23 +54,22 @@ class OptimizedModel:
         self.config = config
         self.weight_epoch = 0
         self.fallbacks: Counter[str] = Counter()
-        self.start: dict[str, float] = {}  # seconds of what it took to get ready
         self.seconds: dict[str, float] = {}  # of what every entry does
-        self.graph_source = ""
         self.class_name = type(model).__name__
+        self._maker = GraphMaker(config, self.class_name)
         self.weights = LiveWeights(model, config.weight_check)
         self._lock = threading.RLock()
         self._engine: EngineCore | None = None
-        self._graphs: dict[tuple, _Graph] = {}  # the one used last is last
+        self._graphs: dict[tuple, Graphs] = {}  # the one used last is last
         self._refusal: str | None = None
         self._told_of_change = False
         self._build(model, fingerprint(model))
 
     def _build(self, model: Any, current: tuple) -> None:
         """Capture, rewrite and lay out the weights; a failure leaves the model as it was."""
-        self.start = {}
-        graph = self._graphs.pop(current, None) or self._capture(model)
-        self._attach(graph.compiled, self.config.release_weights)
+        self._maker.start = {}
+        graph = self._graphs.pop(current, None) or self._maker.make(model)
+        self._attach(graph, self.config.release_weights)
         if self.weights.released:
             current = fingerprint(model)  # of released parameters from now on
         self._graphs[current] = graph
@@ -107,92 +77,14 @@ class OptimizedModel:
             del self._graphs[next(iter(self._graphs))]
         self._graph, self.fingerprint = graph, current
 
-    def _capture(self, model: Any) -> _Graph:
-        max_model_len = self._max_model_len(model)
-        device = next(model.parameters()).device
-        if self.config.deterministic:
-            check_deterministic(device)
-        if device.type == "cpu":
-            self._load_kernels()
-        budget = self._pack_budget_bytes(model, device)
-        if self.config.graph_cache:
-            graph, report = self._cached(model, device, budget)
-        else:
-            graph, report = self._traced(model, budget)
-            self.graph_source = "traced; graph_cache is off"
-        codegen = self.config.codegen
-        with self._timed("Inductor" if codegen == "inductor" else "choice of kernels"):
-            compiled = CompiledForward(graph, report, codegen)
-        return _Graph(compiled, device, max_model_len)
-
-    def _cached(
-        self, model: Any, device: torch.device, budget: int
-    ) -> tuple[CapturedGraph, Report]:
-        """The rewritten graph from the disk; traced and written there if it is not."""
-        check_model(model)
-        key, why = None, ""
-        try:
-            with self._timed("key of the graph"):
-                config = self.config
-                key = graph_key(model, config.passes_off, budget, config.deterministic)
-            with self._timed("graph from cache"):
-                found = graph_cache.load(key, device)
-            if found is not None:
-                self.graph_source = "from the graph cache"
-                return found
-            del self.start["graph from cache"]
-        except NotCacheableError as error:
-            why = str(error)
-        graph, report = self._traced(model, budget)
-        if key is not None:
-            try:
-                with self._timed("graph written"):
-                    graph_cache.store(key, graph, report)
-            except (NotCacheableError, OSError) as error:
-                why = str(error)
-        self.graph_source = f"traced, not cached: {why}" if why else "traced, and cached"
-        return graph, report
-
-    def _traced(self, model: Any, budget: int) -> tuple[CapturedGraph, Report]:
-        with self._timed("capture"):
-            captured = capture(model)
-        self.start["capture"] -= captured.check_seconds
-        self.start["packing check"] = captured.check_seconds
-        captured.pack_budget_bytes = budget
-        captured.deterministic = self.config.deterministic
-        with self._timed("passes"):
-            return rewrite(captured, self.config.passes_off)
-
-    def _load_kernels(self) -> None:
-        before = _built_libraries()
-        with self._timed("kernels loaded"):
-            why_missing()
-        if _built_libraries() != before:
-            self.start["kernels compiled"] = self.start.pop("kernels loaded")
-
-    @contextlib.contextmanager
-    def _timed(self, what: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.start[what] = time.perf_counter() - start
-
-    def _pack_budget_bytes(self, model: Any, device: torch.device) -> int:
-        """What packed copies may take, in eighths of the weights: the same on every start."""
-        match self.config.pack:
-            case "auto" if not self.config.release_weights:  # which makes the room it takes
-                eighth = sum(parameter.nbytes for parameter in model.parameters()) // 8 or 1
-                return min(free_memory_bytes(device) // 4 // eighth, _AMPLE_EIGHTHS) * eighth
-            case False:
-                return 0
-        return sys.maxsize
-
     @torch.inference_mode(False)  # parameters must not become inference tensors
-    def _attach(self, compiled: CompiledForward, release: bool = False) -> None:
-        with self._timed("weights merged"):
+    def _attach(self, graph: Graphs, release: bool = False) -> None:
+        compiled = graph.compiled
+        with timed(self.start, "weights merged"):
             self.weights.attach(compiled.merges)
         try:
-            with self._timed("weights packed"):
-                compiled.bind(self.weights.resolve(compiled.weight_inputs, release))
+            with timed(self.start, "weights packed"):
+                graph.bind(self.weights.resolve(compiled.weight_inputs, release))
             if release and not self.weights.released:
                 raise UnsupportedModelError(
                     "release_weights=True frees packed weights, and none can be freed: "
@@ -211,7 +103,17 @@ class OptimizedModel:
         return sorted(reasons) or [f"pack_linears is {report.status} and finds no weights to pack"]
 
     @property
+    def start(self) -> dict[str, float]:
+        """Seconds of what it took to get ready."""
+        return self._maker.start
+
+    @property
+    def graph_source(self) -> str:
+        return self._maker.source
+
+    @property
     def compiled(self) -> CompiledForward:
+        """The plain graph."""
         return self._graph.compiled
 
     @property
@@ -222,26 +124,13 @@ class OptimizedModel:
     def max_model_len(self) -> int:
         return self._graph.max_model_len
 
-    def _max_model_len(self, model: Any) -> int:
-        limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        wanted = self.config.max_model_len
-        if wanted is None:
-            if limit is None:
-                raise UnsupportedModelError(
-                    f"{self.class_name} does not say how long it may get; set max_model_len"
-                )
-            return limit
-        if limit is not None and wanted > limit:
-            raise ValueError(
-                f"max_model_len must be <= {limit} (the model's limit), got {wanted}; lower it"
-            )
-        return wanted
-
-    def ready(self, model: Any) -> EngineCore:
+    def ready(self, model: Any, variant: Variant = PLAIN) -> EngineCore:
         """The engine, after a check that the graph and the weights are still those of the model.
 
-        Raises: TransformersLoop if the model can no longer be captured, ReleasedWeightsError if it
-            was changed and its weights were released.
+        Args:
+            variant: What requests will need; captured here if it is asked for the first time.
+        Raises: TransformersLoop if the model can no longer be captured, or not with that variant,
+            ReleasedWeightsError if it was changed and its weights were released.
         """
         if (why := wrapper_refusal(model)) is not None:
             raise TransformersLoop(why)
@@ -257,7 +146,29 @@ class OptimizedModel:
             if self._refusal is not None:
                 raise TransformersLoop(self._refusal)
             self._follow_weights()
+            self._make_variants(model, variant)
             return self.engine()
+
+    def _make_variants(self, model: Any, variant: Variant) -> None:
+        """Capture what requests with this variant need and the engine does not have."""
+        graph, made = self._graph, []
+        for each in graph.missing(variant):
+            if self.weights.released:
+                raise TransformersLoop(f"{each} needs a second capture of the model")
+            start = time.perf_counter()
+            if each not in graph.refusals:
+                try:
+                    forward = self._maker.make_variant(model, graph, each)
+                    self.engine().check_variant(forward)
+                except UnsupportedModelError as error:
+                    graph.refusals[each] = str(error)
+            if each in graph.refusals:
+                raise TransformersLoop(f"{each} is not supported: {graph.refusals[each]}")
+            made.append((forward, time.perf_counter() - start))
+        for forward, seconds in made:
+            graph.variants[forward.variant] = forward
+            graph.seconds[forward.variant] = seconds
+            self.engine().add_variant(forward)
 
     def _rebuild(self, model: Any, current: tuple) -> None:
         """The model became another: take the graph it had before, or capture it again."""
@@ -271,7 +182,7 @@ class OptimizedModel:
             logger.info("%s was changed; capturing it again", self.class_name)
         if self._engine is not None:
             self._engine.wait_idle()  # requests end with the model they began with
-        self.compiled.unbind()
+        self._graph.unbind()
         self.weights.let_go()
         self.fingerprint = current
         self._refusal = "the changed model could not be captured"
@@ -283,6 +194,7 @@ class OptimizedModel:
         self._refusal = None
         if self._engine is not None:
             self._engine.replace(self.compiled, self.device, self.max_model_len)
+            self._add_variants(self._engine)
         self._begin_epoch()
 
     def _follow_weights(self) -> None:
@@ -298,9 +210,9 @@ class OptimizedModel:
         if change is Change.MEMORY:
             if self._engine is not None:
                 self._engine.wait_idle()  # requests end with the weights they began with
-            self.compiled.unbind()
+            self._graph.unbind()
             self.fingerprint = ()  # if this fails, the next entry begins anew
-            self._attach(self.compiled)
+            self._attach(self._graph)
             self.fingerprint = next(reversed(self._graphs))
         elif change is Change.NONE and told:
             self.weights.look_again()
@@ -317,7 +229,7 @@ class OptimizedModel:
         if self._engine is not None:
             self._engine.wait_idle()
         start = time.perf_counter()
-        self.compiled.bind(self.weights.resolve(self.compiled.weight_inputs))
+        self._graph.bind(self.weights.resolve(self.compiled.weight_inputs))
         self.seconds["packing again"] = time.perf_counter() - start
 
     def _begin_epoch(self) -> None:
@@ -344,7 +256,12 @@ class OptimizedModel:
                     self.max_model_len,
                 )
                 self._engine.begin_epoch(self.weight_epoch)
+                self._add_variants(self._engine)
             return self._engine
+
+    def _add_variants(self, engine: EngineCore) -> None:
+        for forward in self._graph.variants.values():
+            engine.add_variant(forward)
 
     def release_cache(self) -> None:
         with self._lock:
@@ -362,7 +279,7 @@ class OptimizedModel:
         """End the engine and give the parameters memory of their own."""
         with self._lock:
             self.close_engine()
-            self.compiled.unbind()
+            self._graph.unbind()
             self.weights.detach()
 
     def count_fallback(self, reason: str) -> None:
@@ -387,10 +304,12 @@ class OptimizedModel:
             device=str(self.device),
             config=self.config,
             max_model_len=self.max_model_len,
+            why_not_longer=self._graph.why_not_longer,
             spec=self.compiled.spec,
             report=self.compiled.report,
             weight_epoch=self.weight_epoch,
             graph_source=self.graph_source,
+            variants={str(name): spent for name, spent in self._graph.seconds.items()},
             start=dict(self.start),
             seconds=dict(self.seconds),
             fallbacks=dict(self.fallbacks),
@@ -398,14 +317,6 @@ class OptimizedModel:
             released_bytes=self.weights.released.num_bytes,
             kept=dict(self.weights.released.kept),
         )
-
-
-def _built_libraries() -> set[str]:
-    """The compiled kernels on this machine's disk."""
-    try:
-        return {path.name for path in cache_dir().glob("kernels-*.so")}
-    except (MissingLibraryError, OSError):
-        return set()
 
 
 def optimize(model: Model, config: Config | None = None, **fields: Any) -> Model:

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import fx
@@ -198,21 +198,12 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield leaf
 
 
-class _Outputs(NamedTuple):
-    """The form of all outputs, which no rewrite may change.
-
-    shape: Of each tensor its sizes, its strides and the input or output whose memory it is.
-    """
-
-    dtype: tuple
-    shape: tuple
-
-
 @dataclass
 class _DynamoGraph(CapturedGraph):
     """A graph with Dynamo's outputs: a tuple of tensors, numbers and None."""
 
-    def output_value(self) -> Any:
+    def output_form(self) -> tuple[Any, Any]:
+        """As of its class; a shape is a tensor's sizes, strides and whose memory it is."""
         owners: dict[int, str] = {}
         for node in self.placeholders():
             if (memory := memory_of(node)) is not None:
@@ -228,7 +219,7 @@ class _DynamoGraph(CapturedGraph):
             else:
                 shapes.append(value)
                 dtypes.append(type(value))
-        return _Outputs(tuple(dtypes), tuple(shapes))
+        return dtypes, shapes
 
 
 def _strides(value: torch.Tensor) -> list:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -16,7 +16,7 @@ from .fold_views import fold_views
 from .inductor import compile_with_inductor
 from .kernels.cpu.program import Program
 from .native_code import compile_programs
-from .passes import CapturedGraph, InputSpec, Report, run_passes
+from .passes import CapturedGraph, InputSpec, Report, Variant, run_passes
 from .passes.insert_paged_cache import CacheSpec, cache_spec
 from .passes.pack_linears import packed_bytes
 from .passes.pipeline import RequiredPassError
@@ -31,6 +31,18 @@ class CacheTensors(Protocol):
     tensors: Mapping[str, torch.Tensor]
 
 
+class ForwardOutput(NamedTuple):
+    """What a step gives.
+
+    logits: [num_rows, vocab_size], the model's dtype, num_rows = len(logits_indices).
+    hidden_states: [num_tokens, hidden_size] of each that the model's forward gives; () unless the
+    graph's variant has them.
+    """
+
+    logits: torch.Tensor
+    hidden_states: tuple[torch.Tensor, ...] = ()
+
+
 class CompiledForward:
     """The rewritten graph, ready to run.
 
@@ -39,12 +51,16 @@ class CompiledForward:
     the same kernels (inductor.py); "auto" is "direct". lowered: The graph before that, a node per
     kernel.
 
+    variant: What it takes and gives besides tokens and logits. embeds_like: Tells dtype and
+    hidden_size of the embeddings that it takes, or None.
+
     Call `bind` with the weights before the first call and whenever they moved. graph_id is no other
     graph's in this process; binding is another number after the weights moved.
     """
 
     def __init__(self, graph: CapturedGraph, report: Report, codegen: str = "auto") -> None:
         self.graph_id = next(_graph_ids)
+        self.variant: Variant = graph.variant
         self.spec: CacheSpec = cache_spec(graph)
         self.report = report
         self.inputs = dict(graph.inputs)
@@ -75,6 +91,9 @@ class CompiledForward:
         self._arguments: list[Any] = [
             graph.constants[spec.target] if spec.kind == "constant" else None for spec in specs
         ]
+        self.embeds_like: torch.Tensor | None = None  # a fake tensor
+        if self.variant.prompt_embeds:
+            self.embeds_like = graph.placeholder("batch", "prompt_embeds").meta["val"]
         self._bound_cache: CacheTensors | None = None
         self.binding = 0
 
@@ -99,6 +118,12 @@ class CompiledForward:
     def packs_weights(self) -> bool:
         """Whether some inputs are copies of weights, which must follow them."""
         return any(spec.kind == "packed" for spec in self.inputs.values())
+
+    @property
+    def weights(self) -> dict[InputSpec, torch.Tensor]:
+        """The tensors that are bound."""
+        given = zip(self.inputs.values(), self._arguments, strict=True)
+        return {spec: tensor for spec, tensor in given if spec.kind in _WEIGHT_KINDS}
 
     def bind(self, weights: Mapping[InputSpec, torch.Tensor]) -> None:
         """Set the tensors of all weight inputs."""
@@ -136,11 +161,14 @@ class CompiledForward:
         return arguments
 
     def __call__(self, batch: Any, kv_cache: CacheTensors) -> torch.Tensor:
+        """Run one step, see `run`; its logits."""
+        return self.run(batch, kv_cache).logits
+
+    def run(self, batch: Any, kv_cache: CacheTensors) -> ForwardOutput:
         """Run one step.
 
         Args:
             batch: A ForwardBatch (engine/batch.py). kv_cache: Its tensors are mutated.
-        Returns: logits [num_rows, vocab_size], the model's dtype, num_rows = len(logits_indices).
         """
         arguments = self._arguments
         if kv_cache is not self._bound_cache:
@@ -149,7 +177,10 @@ class CompiledForward:
             self._bound_cache = kv_cache
         for index, target in self._batch_slots:
             arguments[index] = getattr(batch, target)
-        return self._forward(*arguments)
+        result = self._forward(*arguments)
+        if not self.variant.hidden_states:
+            return ForwardOutput(result)
+        return ForwardOutput(result[0], tuple(result[1:]))
 
 
 def rewrite(

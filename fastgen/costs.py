@@ -2,7 +2,8 @@
 
     product    [M, K] x [K, N]: 2 M N K FLOPs. Streams the second operand (the weight) once; reads
                [M, K] and writes [M, N]. Of experts' weights [E, K, N] at most M of E are streamed.
-    attention  a query at position p sees s(p) = min(p + 1, window) keys, or p + 1 without a window:
+    attention  a query at position p sees s(p) = min(p + 1, window) keys, or p + 1 without a window,
+               where p is counted from the start of its chunk, if there are chunks:
                2 (head_dim + v_head_dim) FLOPs per query head and key seen (softmax not counted).
                Streams the keys and values that any query of the sequence sees, once per KV head,
                n + window - 1 at most for n queries; reads queries and new keys and values, writes
@@ -35,7 +36,7 @@ from .passes.graph import memory_of
 GATED = "fastgen::packed_gated_linear"
 ATTENTION = "fastgen::paged_attention"
 LATENT = "fastgen::paged_latent_attention"
-_WINDOW_ARGUMENT = 10  # of both
+_WINDOW_ARGUMENT, _CHUNK_ARGUMENT = 10, 13  # of both, and of paged_attention
 # Products of each row with the weight of its expert; transformers' own where torch has none.
 _GROUPED = (
     "aten::_grouped_mm",
@@ -197,11 +198,12 @@ def product_weight(op: str, node: fx.Node) -> fx.Node | None:
 def _attention_cost(node: fx.Node, sizes: Sizes) -> Cost:
     query, key, value = node.args[:3]
     window: int = node.args[_WINDOW_ARGUMENT]  # pyright: ignore
+    chunk: int = next(iter(node.args[_CHUNK_ARGUMENT:]), 0)  # pyright: ignore
     _, num_heads, head_dim = sizes.shape(query)
     _, num_kv_heads, v_head_dim = sizes.shape(value)
     width = head_dim + v_head_dim
-    seen = sum(num_seen(new, length, window) for new, length in sizes.step.sequences)
-    kept = sum(num_keys(new, length, window) for new, length in sizes.step.sequences)
+    seen = sum(num_seen(new, length, window, chunk) for new, length in sizes.step.sequences)
+    kept = sum(num_keys(new, length, window, chunk) for new, length in sizes.step.sequences)
     itemsize = key.meta["val"].dtype.itemsize  # pyright: ignore
     stored = sizes.nbytes(key) + sizes.nbytes(value)
     return Cost(
@@ -233,11 +235,17 @@ def _latent_attention_cost(node: fx.Node, sizes: Sizes) -> Cost:
     )
 
 
-def num_seen(new: int, length: int, window: int) -> int:
+def num_seen(new: int, length: int, window: int, chunk: int = 0) -> int:
     """Pairs of a query and a key it sees, for the last `new` tokens of a sequence; window 0: all.
 
-    The sum of min(j, window) over j = length - new + 1 .. length.
+    The sum of min(j, window) over j = length - new + 1 .. length; with chunks, that of each.
     """
+    if chunk:
+        first = length - new
+        starts = range(first // chunk * chunk, length, chunk)
+        ends = [min(start + chunk, length) for start in starts]
+        pairs = zip(starts, ends, strict=True)
+        return sum(num_seen(end - max(start, first), end - start, window) for start, end in pairs)
     if not window:
         return new * (length - new) + new * (new + 1) // 2
     first = length - new + 1
@@ -245,9 +253,10 @@ def num_seen(new: int, length: int, window: int) -> int:
     return whole * (2 * first + whole - 1) // 2 + window * (new - whole)
 
 
-def num_keys(new: int, length: int, window: int) -> int:
+def num_keys(new: int, length: int, window: int, chunk: int = 0) -> int:
     """Keys that any of the last `new` tokens of a sequence sees."""
-    return min(length, new + window - 1) if window else length
+    seen = min(length, new + window - 1) if window else length
+    return min(seen, length - (length - new) // chunk * chunk) if chunk else seen
 
 
 def peak_bytes(graph: fx.Graph, sizes: Sizes) -> int:

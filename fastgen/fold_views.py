@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._prims_common import is_contiguous_or_false
 
 aten = torch.ops.aten
 
@@ -73,7 +74,7 @@ def _skipped(node: fx.Node, value: torch.Tensor) -> int | None:
     if node.kwargs:
         return None
     if node.target is aten.reshape.default:
-        return 0 if value.is_contiguous() else None
+        return 0 if is_contiguous_or_false(value) else None
     if node.target not in (aten.slice.Tensor, aten.select.int):
         return 0
     dim, first = (*node.args[1:3], *(0, 0)[len(node.args) - 1 :])
@@ -91,7 +92,7 @@ def _is_fresh(node: fx.Node) -> bool:
         node.op == "call_function"
         and isinstance(value, torch.Tensor)
         and _is_kernel(node)
-        and value.is_contiguous()
+        and is_contiguous_or_false(value)
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from .kernels.cpu import recording
 from .kernels.cpu.program import NotRecordableError, Program, Recorder, Value
@@ -112,6 +113,8 @@ def _value(run: _Run, node: fx.Node) -> Any:
         return run.recorder.known(str(meta))
     if not isinstance(meta, torch.Tensor):
         raise NotRecordableError(f"{node.name} is no tensor")
+    if free_unbacked_symbols(meta):
+        raise NotRecordableError(f"the size of {node.name} depends on values")
     if node not in run.externals:
         strides = None if meta.is_contiguous() else meta.stride()
         run.externals[node] = run.recorder.external(meta.shape, strides, meta.dtype)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .capture import capture, check_model
+from .capture import capture, check_model, longest_sequence, why_not_longer
 from .config import Config, check_float, check_int
 from .costs import (
     Cost,
@@ -346,13 +346,13 @@ def _meta_model(config: Any, dtype: torch.dtype | None) -> Any:
 
 
 def _max_model_len(model: Any, settings: Config) -> int:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = longest_sequence(model)
     wanted = settings.max_model_len or limit
     if wanted is None:
         raise ValueError("the configuration does not say how long sequences get; set max_model_len")
     if limit is not None and wanted > limit:
         raise ValueError(
-            f"max_model_len must be <= {limit} (the model's limit), got {wanted}; lower it"
+            f"max_model_len must be <= {limit} ({why_not_longer(model)}), got {wanted}; lower it"
         )
     return wanted
 
@@ -490,7 +490,8 @@ def _kv_cache(spec: CacheSpec, settings: Config, length: int, left: int | None) 
         block_size=size,
         sequence_bytes=spec.bytes_per_token * slots(length),
         windowed_sequence_bytes=sum(
-            layer.bytes_per_token * slots(min(length, layer.window or length))
+            layer.bytes_per_token
+            * slots(min(length, layer.window or length, layer.chunk or length))
             for layer in spec.layers
         ),
     )

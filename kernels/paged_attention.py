@@ -17,6 +17,7 @@ from .attention import (
     attend_reference,
     attend_sdpa,
     check_heads,
+    refuses_chunk_or_alibi,
     sdpa_refuses,
 )
 from .registry import CallSite, register
@@ -65,6 +66,8 @@ def paged_attention(
     window: int,
     softcap: float,
     sinks: torch.Tensor | None,
+    chunk: int = 0,
+    alibi_slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Write this step's keys and values into the cache, then attend through the block table.
 
@@ -75,13 +78,13 @@ def paged_attention(
             mutated. Writes are idempotent: a repeated step gives the same cache.
         slot_mapping: [num_tokens] int64, block_id * block_size + offset; -1: not stored (it goes
             to block 0, the null block, which no sequence reads). None: keys and values are in the
-            cache already, `rope_store_kv` has written them.
+            cache already, `rope_store_kv` or another layer's attention has written them.
         block_table: [num_seqs, max_blocks_per_seq] int32; entries past seq_lens are never read.
         query_start_loc: [num_seqs + 1] int32, prefix sum of new tokens. Where there are as many
             tokens as sequences, each has one.
         seq_lens: [num_seqs] int32, in tokens, including this step's. A query of a sequence stands
             at position seq_len - (its new tokens) + i.
-        scale, window, softcap, sinks: as in `attention`.
+        scale, window, softcap, sinks, chunk, alibi_slopes: as in `attention`.
     Returns: [num_tokens, num_heads, v_head_dim], contiguous, dtype of query; rows past
         query_start_loc[-1] are zero.
     Raises: ValueError if the heads do not fit.
@@ -102,6 +105,8 @@ def paged_attention(
         window,
         softcap,
         sinks,
+        chunk,
+        alibi_slopes,
     )
 
 
@@ -120,6 +125,8 @@ def _(
     window,
     softcap,
     sinks,
+    chunk=0,
+    alibi_slopes=None,
 ):
     check_heads(query, key, value)
     return query.new_empty((query.shape[0], query.shape[1], value.shape[2]))
@@ -139,6 +146,8 @@ def paged_attention_reference(
     window,
     softcap,
     sinks,
+    chunk=0,
+    alibi_slopes=None,
 ):
     if slot_mapping is not None:
         write_cache(key, value, key_cache, value_cache, slot_mapping)
@@ -155,6 +164,8 @@ def paged_attention_reference(
             window,
             softcap,
             sinks,
+            chunk,
+            alibi_slopes,
         )
     return output
 
@@ -173,6 +184,8 @@ def paged_attention_sdpa(
     window,
     softcap,
     sinks,
+    chunk=0,
+    alibi_slopes=None,
 ):
     """torch's fused attention: all one-token sequences in one call, each prompt chunk in its own.
 
@@ -183,8 +196,9 @@ def paged_attention_sdpa(
         write_cache(key, value, key_cache, value_cache, slot_mapping)
     output = query.new_zeros((query.shape[0], query.shape[1], value.shape[2]))
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
+    settings = scale, window, chunk, alibi_slopes
     single = _attend_chunks(
-        query, key_cache, value_cache, block_table, starts, lengths, output, scale, window
+        query, key_cache, value_cache, block_table, starts, lengths, output, *settings
     )
     if single:
         rows = torch.tensor(single, device=query.device)
@@ -196,17 +210,15 @@ def paged_attention_sdpa(
             block_table.index_select(0, rows),
             seq_lens.index_select(0, rows),
             max(lengths[sequence] for sequence in single),
-            scale,
-            window,
+            *settings,
         )
     return output
 
 
-def _attend_chunks(
-    query, key_cache, value_cache, block_table, starts, lengths, output, scale, window
-):
+def _attend_chunks(query, key_cache, value_cache, block_table, starts, lengths, output, *settings):
     """Attention of every sequence with several new tokens, into `output`.
 
+    settings: scale, window, chunk, alibi_slopes.
     Returns: the sequences with one new token, which are left to the caller.
     """
     single = []
@@ -220,13 +232,23 @@ def _attend_chunks(
                 query[start:end],
                 read_cache(key_cache, blocks, length),
                 read_cache(value_cache, blocks, length),
-                scale,
-                window,
+                *settings,
             )
     return single
 
 
-def _attend_single(query, key_cache, value_cache, block_table, seq_lens, longest, scale, window):
+def _attend_single(
+    query,
+    key_cache,
+    value_cache,
+    block_table,
+    seq_lens,
+    longest,
+    scale,
+    window,
+    chunk,
+    alibi_slopes,
+):
     """One query per sequence: [num_seqs, num_heads, head_dim] over pages cut at `longest`."""
     num_seqs, num_heads, head_dim = query.shape
     num_kv_heads, block_size = key_cache.shape[1], key_cache.shape[2]
@@ -235,6 +257,8 @@ def _attend_single(query, key_cache, value_cache, block_table, seq_lens, longest
     hidden = positions[None] >= seq_lens[:, None]
     if window:
         hidden |= positions[None] < seq_lens[:, None] - window
+    if chunk:
+        hidden |= positions[None] < (seq_lens[:, None] - 1) // chunk * chunk
     used = positions[::block_size][None] < seq_lens[:, None]
     pages = torch.where(used, block_table[:, :num_pages], 0)  # entries past the end may be anything
     heads = torch.arange(num_kv_heads, device=query.device)
@@ -252,11 +276,16 @@ def _attend_single(query, key_cache, value_cache, block_table, seq_lens, longest
 
     visible = ~hidden
     grouped = query.view(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    mask = visible[:, None, None, :]
+    if alibi_slopes is not None:
+        distance = positions[None] - (seq_lens[:, None] - 1)  # [num_seqs, positions]
+        slopes = alibi_slopes.float().view(num_kv_heads, -1, 1)
+        mask = (slopes * distance[:, None, None, :]).masked_fill(~mask, float("-inf"))
     output = F.scaled_dot_product_attention(
         grouped,
         padded(key_cache),
         padded(value_cache),
-        attn_mask=visible[:, None, None, :],
+        attn_mask=mask,
         scale=scale,
     )
     return output.reshape(num_seqs, num_heads, -1)
@@ -277,6 +306,8 @@ def paged_attention_cpu(
     window,
     softcap,
     sinks,
+    chunk=0,
+    alibi_slopes=None,
 ):
     """One call of C++ for all sequences: it writes the pages and reads them in place."""
     return _attend_cpu(
@@ -312,6 +343,8 @@ def paged_attention_cpu_in_order(
     window,
     softcap,
     sinks,
+    chunk=0,
+    alibi_slopes=None,
 ):
     """The same, the slots of each sequence summed in order, however few the sequences are."""
     return _attend_cpu(
@@ -373,7 +406,7 @@ def _attend_cpu(
         block_size,
         head_dim,
         v_head_dim,
-        slot_mapping.data_ptr(),
+        None if slot_mapping is None else slot_mapping.data_ptr(),
         num_tokens,
         block_table.data_ptr(),
         block_table.stride(0),
@@ -411,8 +444,8 @@ def _has_several_dtypes(call: CallSite) -> bool:
 
 
 def cpu_refuses(call: CallSite) -> str | None:
-    if call.args["slot_mapping"] is None:
-        return "the keys are in the cache already"
+    if (why := refuses_chunk_or_alibi(call)) is not None:
+        return why
     if _has_several_dtypes(call):
         return "query, key, value and cache are of several dtypes"
     if call.args["key_cache"].shape[2] % 16:
@@ -434,6 +467,8 @@ def paged_attention_triton(
     window,
     softcap,
     sinks,
+    chunk=0,
+    alibi_slopes=None,
 ):
     """Prompts without a cached prefix over their own keys, the rest over the pages."""
     from .gpu.launch import card_of, run_all
@@ -476,6 +511,8 @@ def paged_attention_triton(
 
 
 def triton_refuses(call: CallSite) -> str | None:
+    if (why := refuses_chunk_or_alibi(call)) is not None:
+        return why
     if _has_several_dtypes(call):
         return "query, key, value and cache are of several dtypes"
     if max(call.args["query"].shape[2], call.args["value"].shape[2]) > MAX_TRITON_HEAD_DIM:

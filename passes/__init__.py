@@ -4,14 +4,24 @@ if __name__ != "fastgen.passes":
     raise ImportError(f"import this package as fastgen.passes, not as {__name__}")
 
 from .. import kernels as _kernels  # noqa: F401 - registers the ops that the passes name
-from .graph import BATCH_INPUTS, CapturedGraph, InputSpec, MergePlan
+from .graph import (
+    BATCH_INPUTS,
+    EMBEDS_INPUTS,
+    PLAIN,
+    CapturedGraph,
+    InputSpec,
+    MergePlan,
+    Variant,
+)
 from .insert_paged_cache import CacheSpec, LayerCache
 from .pipeline import PASSES, run_passes
 from .report import PassReport, Report
 
 __all__ = [
     "BATCH_INPUTS",
+    "EMBEDS_INPUTS",
     "PASSES",
+    "PLAIN",
     "CacheSpec",
     "CapturedGraph",
     "InputSpec",
@@ -19,5 +29,6 @@ __all__ = [
     "MergePlan",
     "PassReport",
     "Report",
+    "Variant",
     "run_passes",
 ]

@@ -2,7 +2,8 @@
 
 For GPUs, where it saves a launch per layer; on the CPU the attention kernel writes the pages on its
 way. Required: query and key of the attention are the two results of one rope, the key has no other
-reader, and query and key have one head size. Numerics: bit-equal.
+readers than attentions that store nothing, and query and key have one head size. Numerics:
+bit-equal.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def fuse_rope_store(captured: CapturedGraph) -> PassReport:
             for index, part in enumerate((query, key)):
                 parts.append(graph.call_function(operator.getitem, (fused, index)))
                 parts[-1].meta = dict(part.meta)  # pyright: ignore
+        key.replace_all_uses_with(parts[1])  # pyright: ignore
         attention.args = (*parts, value, key_cache, value_cache, None, *attention.args[6:])
         report.matches += 1
     graph.eliminate_dead_code()
@@ -53,6 +55,10 @@ def _is_rotated(node: object) -> bool:
     return calls(node, operator.getitem) and calls(node.args[0], _ROPE)
 
 
+def _stores_nothing(node: fx.Node) -> bool:
+    return calls(node, _ATTENTION) and node.args[5] is None
+
+
 def _rope_of(attention: fx.Node, query: object, key: object) -> tuple[fx.Node | None, str]:
     """The rope that makes both, or None and why they cannot be made where they are stored."""
     assert isinstance(query, fx.Node)
@@ -60,7 +66,8 @@ def _rope_of(attention: fx.Node, query: object, key: object) -> tuple[fx.Node | 
     rope = query.args[0]
     if not calls(rope, _ROPE) or (query.args, key.args) != ((rope, 0), (rope, 1)):
         return None, "query and key do not come from one rope"
-    if list(query.users) != [attention] or list(key.users) != [attention]:
+    others = [user for user in key.users if user is not attention and not _stores_nothing(user)]
+    if list(query.users) != [attention] or others:
         return None, "others read the rotated query or key, too"
     if value_of(query).shape[2] != value_of(key).shape[2]:
         return None, "query and key have several head sizes"

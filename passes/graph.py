@@ -2,14 +2,15 @@
 
 The graph has placeholders only: every parameter, buffer, batch tensor and cache is an input, named
 in `inputs`. It is written in ATen as torch.export leaves it before decomposition (`aten.linear` is
-one node) plus the ops of `fastgen.kernels`. Its one output is the logits.
+one node) plus the ops of `fastgen.kernels`. Its output is the logits, or a tuple that begins with
+them: behind them come hidden states, where they were captured, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import fx
@@ -20,6 +21,42 @@ InputKind = Literal["parameter", "buffer", "constant", "merged", "packed", "batc
 
 # Batch tensors a captured graph starts with; insert_paged_cache adds the rest of ForwardBatch.
 BATCH_INPUTS = ("input_ids", "positions", "logits_indices")
+# What follows them in a graph that takes embeddings, too.
+EMBEDS_INPUTS = ("prompt_embeds", "is_embed")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a model's graph takes and gives besides tokens and logits; the plain one nothing.
+
+    prompt_embeds: it takes `prompt_embeds` [num_tokens, hidden_size], and `is_embed` [num_tokens]
+    bool, which says where they stand in the place of a token's own embedding. hidden_states: it
+    gives what the model's forward gives as hidden_states, of every token, behind the logits.
+    """
+
+    prompt_embeds: bool = False
+    hidden_states: bool = False
+
+    def covers(self, other: Variant) -> bool:
+        """Whether it takes and gives all that the other does."""
+        return self | other == self
+
+    @property
+    def size(self) -> int:
+        """How much it takes and gives."""
+        return self.prompt_embeds + self.hidden_states
+
+    def __or__(self, other: Variant) -> Variant:
+        return Variant(
+            self.prompt_embeds or other.prompt_embeds, self.hidden_states or other.hidden_states
+        )
+
+    def __str__(self) -> str:
+        flags = {"prompt_embeds": self.prompt_embeds, "hidden_states": self.hidden_states}
+        return " and ".join(name for name, is_set in flags.items() if is_set) or "plain"
+
+
+PLAIN = Variant()
 
 
 @dataclass(frozen=True)
@@ -119,10 +156,25 @@ class CapturedGraph:
         used = {spec.target for spec in self.inputs.values() if spec.kind in ("merged", "packed")}
         self.merges = [plan for plan in self.merges if plan.name in used]
 
+    @property
+    def variant(self) -> Variant:
+        taken = {spec.target for spec in self.inputs.values() if spec.kind == "batch"}
+        return Variant(EMBEDS_INPUTS[0] in taken, len(self.outputs()) > 1)
+
+    def outputs(self) -> tuple[fx.Node, ...]:
+        """The nodes of the logits and, behind them, of the hidden states."""
+        output = next(node for node in self.graph.nodes if node.op == "output")
+        nodes: Any = output.args[0]
+        return nodes if isinstance(nodes, tuple) else (nodes,)
+
     def output_value(self) -> torch.Tensor:
         """The fake tensor of the logits."""
-        output = next(node for node in self.graph.nodes if node.op == "output")
-        return output.args[0].meta["val"]  # pyright: ignore
+        return self.outputs()[0].meta["val"]
+
+    def output_form(self) -> tuple[Any, Any]:
+        """The dtypes and the shapes of all outputs, which no rewrite may change."""
+        values = [node.meta["val"] for node in self.outputs()]
+        return [value.dtype for value in values], [str(value.shape) for value in values]
 
 
 def written_by(node: fx.Node) -> list[fx.Node]:

@@ -147,12 +147,12 @@ def _is_fixed(size: torch.SymInt) -> bool:
 
 
 def check_values(before: CapturedGraph, after: CapturedGraph) -> None:
-    """Rerun the graph on fake tensors; the logits must keep their shape and dtype.
+    """Rerun the graph on fake tensors; the outputs must keep their shapes and dtypes.
 
     Every node's fake value is made anew on the way. Sizes that vary must go on doing so: an op that
     torch knows no symbolic sizes for fixes them, for every graph of the capture.
     """
-    old = before.output_value()
+    old_dtypes, old_shapes = before.output_form()
     after.module.recompile()
     values = [node.meta["val"] for node in after.placeholders()]
     mode = fake_mode_of(after.placeholders())
@@ -161,6 +161,6 @@ def check_values(before: CapturedGraph, after: CapturedGraph) -> None:
     for node, value in zip(after.placeholders(), values, strict=True):
         fixed = [size for size in value.shape if not isinstance(size, int) and _is_fixed(size)]
         assert not fixed, f"{node.name} was of any length, and is now of {fixed[0]}"
-    new = after.output_value()
-    assert old.dtype == new.dtype, f"outputs were {old.dtype}, are {new.dtype}"
-    assert str(old.shape) == str(new.shape), f"outputs were {old.shape}, are {new.shape}"
+    dtypes, shapes = after.output_form()
+    assert old_dtypes == dtypes, f"outputs were {old_dtypes}, are {dtypes}"
+    assert str(old_shapes) == str(shapes), f"outputs were {old_shapes}, are {shapes}"

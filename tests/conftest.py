@@ -15,6 +15,7 @@ from tiny_models import tiny_model
 
 import fastgen
 import fastgen.api
+import fastgen.graphs
 from fastgen.graph_key import NotCacheableError, graph_key
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
@@ -37,7 +38,7 @@ def cache_folder(tmp_path_factory):
             shutil.copy2(library, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTGEN_CACHE_DIR", str(folder))
-        patch.setattr(fastgen.api, "graph_key", traced)
+        patch.setattr(fastgen.graphs, "graph_key", traced)
         yield folder
 
 
@@ -45,7 +46,7 @@ def cache_folder(tmp_path_factory):
 def graphs_on_disk(tmp_path, monkeypatch):
     """An empty folder where this test's graphs are cached."""
     monkeypatch.setenv("FASTGEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(fastgen.api, "graph_key", graph_key)
+    monkeypatch.setattr(fastgen.graphs, "graph_key", graph_key)
     return tmp_path / "graphs"
 
 
@@ -55,7 +56,7 @@ def graphs_of_the_session(monkeypatch):
 
     For tests that are not about capture.
     """
-    monkeypatch.setattr(fastgen.api, "graph_key", graph_key)
+    monkeypatch.setattr(fastgen.graphs, "graph_key", graph_key)
 
 
 # What a test of the engine or of generate() runs on; tests/test_families.py is about all families.
@@ -88,7 +89,7 @@ def pair(request):
     """Two equal models, plain and optimised, for tests that only generate."""
     plain, fast = tiny_model(request.param), tiny_model(request.param)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fastgen.api, "graph_key", graph_key)
+        patch.setattr(fastgen.graphs, "graph_key", graph_key)
         fastgen.optimize(fast)
     poison(fast)
     return plain, fast

@@ -20,7 +20,7 @@ from torch import nn
 import fastgen
 from fastgen import backend
 from fastgen.backend import BACKEND_PASSES, fastgen_backend, reports
-from fastgen.capture import _PackedForward, capture
+from fastgen.capture import PackedForward, capture
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -200,7 +200,7 @@ def test_both_ways_in_give_the_same_ops(name):
 
     packed = torch.arange(8), torch.arange(8), torch.tensor([1, 4, 6])
     with torch.no_grad():
-        torch.compile(_PackedForward(model), backend=look, fullgraph=True)(*packed)
+        torch.compile(PackedForward(model), backend=look, fullgraph=True)(*packed)
     exported = run_passes(capture(model), passes=BACKEND_PASSES[:2])[0]
     # Where the number of tokens varies, sizes are computed, and a slice of all of them is kept.
     exported, traced = (

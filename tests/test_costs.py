@@ -9,15 +9,21 @@ from fastgen.compiled import compile_graph
 from fastgen.costs import Cost, Sizes, Step, node_cost, num_keys, num_seen, op_name
 
 
+@pytest.mark.parametrize("chunk", [0, 1, 8, 40, 100])
 @pytest.mark.parametrize("window", [0, 1, 5, 12, 100])
 @pytest.mark.parametrize(("new", "length"), [(1, 1), (1, 40), (7, 7), (7, 40), (40, 40), (12, 13)])
-def test_pairs_and_keys_are_those_of_a_mask(new, length, window):
+def test_pairs_and_keys_are_those_of_a_mask(new, length, window, chunk):
     seen = [
-        [key for key in range(query + 1) if not window or query - key < window]
+        [
+            key
+            for key in range(query + 1)
+            if (not window or query - key < window)
+            and (not chunk or key // chunk == query // chunk)
+        ]
         for query in range(length - new, length)
     ]
-    assert num_seen(new, length, window) == sum(map(len, seen))
-    assert num_keys(new, length, window) == len({key for keys in seen for key in keys})
+    assert num_seen(new, length, window, chunk) == sum(map(len, seen))
+    assert num_keys(new, length, window, chunk) == len({key for keys in seen for key in keys})
 
 
 def costs_of(model, step: Step) -> dict[str, Cost]:

@@ -15,8 +15,8 @@ from tiny_models import NativeTokens, left_padded, prompts, tiny_model
 
 import fastgen
 from fastgen import Config, SamplingParams, UnsupportedModelError, fix_batch_shapes
-from fastgen.api import check_deterministic
 from fastgen.engine.runner import Runner
+from fastgen.graphs import check_deterministic
 
 needs_kernels = pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))
 pytestmark = [needs_kernels, pytest.mark.usefixtures("graphs_of_the_session")]
@@ -58,9 +58,9 @@ def ledger(monkeypatch):
     ledger, run = Ledger(), Runner.run
 
     def noted(self, output):
-        logits = run(self, output)
-        ledger.note_step(output, logits)
-        return logits
+        result = run(self, output)
+        ledger.note_step(output, result.logits)
+        return result
 
     monkeypatch.setattr(Runner, "run", noted)
     return ledger
@@ -209,6 +209,17 @@ def test_rows_of_generate_are_equal_alone_and_together(dtype):
     fastgen.restore(model)
 
 
+def test_hidden_states_go_to_transformers_loop():
+    """A graph with them beside the other could fuse other operations."""
+    model = tiny_model("llama")
+    fastgen.optimize(model, deterministic=True)
+    keys = {"output_hidden_states": True, "return_dict_in_generate": True, "max_new_tokens": 2}
+    model.generate(torch.tensor(prompts(5)), **keys)
+    (reason,) = fastgen.explain(model).fallbacks
+    assert "deterministic=True" in reason
+    fastgen.restore(model)
+
+
 # What is kept, shown and refused.
 
 
@@ -249,9 +260,10 @@ def test_it_is_off_unless_asked_for_and_takes_a_bool():
     ("family", "dtype", "why"),
     [
         ("deepseek_v3", F32, "fastgen::paged_latent_attention: cpu: its result depends on what"),
+        ("llama4_text", F32, "fastgen::paged_attention: "),
         ("llama", torch.float16, "fastgen::paged_attention: .*cpu, in order: query is float16"),
     ],
-    ids=["latent attention", "fp16"],
+    ids=["latent attention", "chunks", "fp16"],
 )
 def test_models_for_which_it_cannot_be_promised_are_refused(family, dtype, why):
     model = tiny_model(family, dtype=dtype)

@@ -377,7 +377,7 @@ def test_ends_at_a_block_boundary(pair, end):
     [
         ({"low_memory": True}, "low_memory=True"),
         ({"use_cache": False}, "use_cache=False"),
-        ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
+        ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
         ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens=2"),
         ({"cache_implementation": "static"}, "cache_implementation='static'"),
         ({"position_ids": torch.arange(6)[None]}, "position_ids"),
@@ -400,13 +400,6 @@ def test_transformers_loop_by_name(optimized, caplog, options, reason):
     sequences = [getattr(out, "sequences", out) for out in (*got, expected)]
     assert torch.equal(sequences[0], sequences[2])
     assert torch.equal(sequences[1], sequences[2])
-
-
-def test_inputs_embeds_run_transformers_loop(optimized):
-    embeds = optimized.get_input_embeddings()(torch.tensor(prompts(6)))
-    out = optimized.generate(inputs_embeds=embeds, **GREEDY)
-    assert out.shape == (1, 24)
-    assert list(fastgen.api.require(optimized).fallbacks) == ["inputs_embeds is set"]
 
 
 def test_autocast_runs_transformers_loop(optimized):

@@ -32,7 +32,7 @@ def no_export(monkeypatch):
 
     monkeypatch.setattr(torch.export, "export", fail)
     monkeypatch.setattr(capture, "check_packing", fail)
-    monkeypatch.setattr(fastgen.api, "rewrite", fail)
+    monkeypatch.setattr(fastgen.graphs, "rewrite", fail)
 
 
 def optimized_twice(make, monkeypatch):

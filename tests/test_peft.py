@@ -8,7 +8,7 @@ from following import assert_follows, epoch_of, small_model, tokens_of
 from tiny_models import prompts
 
 import fastgen
-from fastgen import api as api_file
+from fastgen import graphs as graphs_file
 
 peft = pytest.importorskip("peft")
 
@@ -106,7 +106,7 @@ def test_switching_captures_nothing_again(adapted, monkeypatch):
     def fail(*_):
         raise AssertionError("captured again")
 
-    monkeypatch.setattr(api_file, "capture", fail)
+    monkeypatch.setattr(graphs_file, "capture", fail)
     for _ in range(2):
         epoch = epoch_of(adapted)
         with adapted.disable_adapter():

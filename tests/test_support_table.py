@@ -128,7 +128,7 @@ FIELD_CASES = {
     "length_penalty": lambda pair: {**BEAMS, "length_penalty": 2.0, **eos(pair)},
     "num_beams": BEAMS,
     "output_attentions": {"output_attentions": True},
-    "output_hidden_states": {"output_hidden_states": True},
+    "output_hidden_states": {"output_hidden_states": True, "return_dict_in_generate": True},
     "use_cache": {"use_cache": False},
     "cache_implementation": {"cache_implementation": "static"},
     "cache_config": {"cache_config": {"backend": "quanto"}},

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from .. import Engine, SamplingParams, api, kernels
-from ..compiled import CompiledForward
+from ..compiled import CompiledForward, ForwardOutput
 from ..costs import Cost, Sizes, Step, kind_of, node_cost, op_name
 from ..engine import engine as engine_module
 from ..engine.batch import build_batch
@@ -125,16 +125,16 @@ class _WatchedRunner(Runner):
         self.watched, self.records = watched, records
 
     @torch.inference_mode()
-    def run(self, output: SchedulerOutput) -> torch.Tensor:
+    def run(self, output: SchedulerOutput) -> ForwardOutput:
         record: StepRecord = self.records[-1]
         start = time.perf_counter()
         batch = build_batch(output, self.kv_cache.block_size, self.device)
         built = time.perf_counter()
-        logits = self.compiled(batch, self.kv_cache)
+        result = self.compiled.run(batch, self.kv_cache)
         record.forward_s = time.perf_counter() - built
         record.batch_s = built - start
         record.nodes = list(self.watched.times)
-        return logits
+        return result
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ class ForwardBatch:
     seq_lens: [S] int32, tokens in the cache after this step. block_table: [S, max_blocks] int32,
     padded with the null block. logits_indices: [R] int64, the tokens whose logits are wanted.
     numbers: The bytes of all of them but the block table, one behind the other, if they lie so.
+    prompt_embeds: [T, hidden_size] and is_embed: [T] bool, for graphs that take them.
     """
 
     input_ids: torch.Tensor
@@ -31,6 +32,8 @@ class ForwardBatch:
     block_table: torch.Tensor
     logits_indices: torch.Tensor
     numbers: torch.Tensor | None = None
+    prompt_embeds: torch.Tensor | None = None
+    is_embed: torch.Tensor | None = None
 
     @classmethod
     def in_buffer(cls, layout: BatchLayout, buffer: torch.Tensor, table: torch.Tensor) -> Self:
@@ -146,3 +149,25 @@ def build_batch(
     data = host.to(device, non_blocking=True) if on_gpu else host
     table = data[num_bytes:].view(torch.int32).view(layout.num_seqs, width)
     return ForwardBatch.in_buffer(layout, data, table)
+
+
+def add_embeds(batch: ForwardBatch, output: SchedulerOutput, like: torch.Tensor) -> None:
+    """Lay out the embeddings of a step's prompts; zeros where a token has none.
+
+    like: Tells their dtype and hidden_size.
+    """
+    num_tokens = batch.input_ids.shape[0]
+    embeds = torch.zeros(
+        (num_tokens, like.shape[-1]), dtype=like.dtype, device=batch.input_ids.device
+    )
+    is_embed = np.zeros(num_tokens, np.bool_)
+    token = len(output.decodes)
+    for item in output.items:
+        given = item.request.prompt_embeds
+        if given is not None and item.query is None:
+            rows = given[item.start : item.start + item.num_tokens]  # what lies in the prompt
+            embeds[token : token + len(rows)] = rows
+            is_embed[token : token + len(rows)] = True
+        token += item.num_tokens
+    batch.prompt_embeds = embeds
+    batch.is_embed = torch.from_numpy(is_embed).to(batch.input_ids.device)

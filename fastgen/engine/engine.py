@@ -8,13 +8,13 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import torch
 
-from ..compiled import CompiledForward
+from ..compiled import CompiledForward, ForwardOutput
 from ..config import SEED_MAX, Config, check_int
 from ..errors import (
     CapacityError,
@@ -24,6 +24,7 @@ from ..errors import (
     RequestFailedError,
 )
 from ..outputs import EngineMetrics
+from ..passes import Variant
 from .block_pool import BlockPool
 from .decode_graphs import CudaCapturer, DecodeGraphs, batch_buckets
 from .kv_cache import KVCache, block_bytes, free_memory_bytes
@@ -32,10 +33,11 @@ from .mailbox import Mailbox
 from .memory_plan import GpuMemory, MemoryPlan, plan_memory
 from .prefix_cache import root_digest
 from .request import Request, RequestStatus
-from .runner import Runner
+from .runner import Runner, smallest_covering
 from .sampler import SamplingState, sample
 from .scheduler import ScheduledRequest, Scheduler, SchedulerOutput, SchedulerStats
 from .threads import release_openmp_team
+from .variant_check import check_variant
 
 logger = logging.getLogger("fastgen")
 
@@ -57,6 +59,7 @@ class EngineCore:
     ) -> None:
         self.compiled, self.config, self.device = compiled, config, device
         self.max_model_len = max_model_len
+        self.variants: dict[Variant, CompiledForward] = {}
         self.epoch = 0
         self.poison_freed_blocks = False  # set by tests: whoever reads a freed block sees NaN
         self.fills_gpu = False  # an explicit Engine may fill the GPU as gpu_memory_utilization says
@@ -216,14 +219,36 @@ class EngineCore:
         idle.result()
 
     def replace(self, compiled: CompiledForward, device: torch.device, max_model_len: int) -> None:
-        """Go on with another graph, after all requests of the old one."""
+        """Go on with another graph, without variants, after all requests of the old one."""
 
         def replace() -> None:
             self._release("change the model")
             self.compiled, self.device, self.max_model_len = compiled, device, max_model_len
+            self.variants.clear()
 
         self.wait_idle()
         self._mailbox.call(replace)
+
+    def check_variant(self, forward: CompiledForward) -> None:
+        """Compare another forward of the model with the plain one, on the engine's thread.
+
+        Raises: UnsupportedModelError if it computes something else.
+        """
+        size = self.config.block_size
+        self._mailbox.call(lambda: check_variant(self.compiled, forward, size, self.device))
+
+    def add_variant(self, forward: CompiledForward) -> None:
+        """Run requests that need what this forward takes and gives, over the same KV cache.
+
+        For two that are added, what takes and gives all that both do must be added, too.
+        """
+        assert forward.spec == self.compiled.spec, "a variant needs another KV cache"
+        self._mailbox.call(lambda: self.variants.update({forward.variant: forward}))
+
+    def forward_with(self, variant: Variant) -> CompiledForward | None:
+        """The forward that runs requests that need `variant`, or None."""
+        known = dict(self.variants)  # the engine's thread may change it
+        return smallest_covering(self.compiled, known, variant)
 
     def begin_epoch(self, epoch: int) -> None:
         """The weights have changed: no block that was computed before is found any more.
@@ -308,9 +333,14 @@ class EngineCore:
             if not self._scheduler.fits([request]):  # less memory was free than when it was checked
                 self._finish(request, "error", CapacityError("the KV cache pool is too small"))
                 continue
+            needs = Variant(request.prompt_embeds is not None, request.wants_hidden_states)
+            if self.forward_with(needs) is None:
+                why = f"the engine has no graph with {needs}: its model was changed meanwhile"
+                self._finish(request, "error", FastgenError(why))
+                continue
             if request.group is None:
                 self._sampling[request.request_id] = SamplingState(request)
-            if self.config.prefix_cache:
+            if self.config.prefix_cache and request.prompt_embeds is None:
                 request.cache_root = root_digest(
                     self.epoch, self.compiled.graph_id, request.cache_salt
                 )
@@ -329,7 +359,7 @@ class EngineCore:
                 width = min(self._longest_table(), num_blocks)
                 capturer = CudaCapturer(self.device)
                 graphs = DecodeGraphs(self.compiled, cache, self.device, buckets, width, capturer)
-            self._runner = Runner(self.compiled, cache, self.device, graphs)
+            self._runner = Runner(self.compiled, cache, self.device, graphs, self.variants)
             self._scheduler = Scheduler(
                 BlockPool(num_blocks),
                 block_size=self.config.block_size,
@@ -344,7 +374,8 @@ class EngineCore:
                 f"requests are running; wait for them or cancel them before you {purpose}"
             )
         self._scheduler = self._runner = None
-        self.compiled.release()
+        for forward in (self.compiled, *self.variants.values()):
+            forward.release()
 
     def _abandon(self, error: BaseException | None = None) -> None:
         scheduler = self._scheduler
@@ -365,11 +396,11 @@ class EngineCore:
             self._runner.prepare_blocks(output, self.poison_freed_blocks)
             if not output.num_seqs:
                 return False
-            logits = self._runner.run(output)
+            result = self._runner.run(output)
             self._scheduler.advance(output)
             self._counters["engine_steps"] += 1
             self._counters["computed_tokens"] += output.num_tokens
-            sampling = self._deliver(output, logits)
+            sampling = self._deliver(output, result)
         except Exception as error:
             logger.exception("a step failed; its %d requests end", output.num_seqs)
             for item in output.scheduled:
@@ -388,11 +419,14 @@ class EngineCore:
                 idle.set_result(None)
             self._waiting_for_idle.clear()
 
-    def _deliver(self, output: SchedulerOutput, logits: torch.Tensor) -> float:
+    def _deliver(self, output: SchedulerOutput, result: ForwardOutput) -> float:
         """Hand each request's logits to its lockstep group or to the sampler.
 
         Returns: seconds of the sampler.
         """
+        if result.hidden_states:
+            _deliver_hidden_states(output, result.hidden_states)
+        logits = result.logits
         rows: list[int] = []
         requests: list[Request] = []
         for row, request in enumerate(output.decodes.requests):
@@ -520,6 +554,16 @@ class EngineCore:
             host_seconds=self._host_seconds,
             first_step_seconds=self._first_step_seconds,
         )
+
+
+def _deliver_hidden_states(output: SchedulerOutput, states: Sequence[torch.Tensor]) -> None:
+    """Hand hidden states to the groups that want them, before the logits that follow them."""
+    place = 0
+    for item in output.scheduled:
+        request = item.request
+        if request.wants_hidden_states and request.group is not None:
+            request.group.note_hidden_states(request, item.start, states, place, item.num_tokens)
+        place += item.num_tokens
 
 
 def failure(request: Request, error: BaseException | None = None) -> FastgenError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+from collections.abc import Sequence
 
 import torch
 
@@ -31,6 +32,7 @@ class LockstepGroup:
         self._rows: dict[int, torch.Tensor] = {}
         self._ready: queue.SimpleQueue = queue.SimpleQueue()
         self._num_given = 0  # logits given to the caller so far
+        self._hidden = [_HiddenStates() for _ in requests]
         for row, request in enumerate(requests):
             request.group, request.row = self, row
             request.needs_fork = self._leaders[row] != row
@@ -71,6 +73,15 @@ class LockstepGroup:
         """The requests that hold what these rows have computed."""
         return [self.requests[self._leaders[row]] for row in rows]
 
+    def take_hidden_states(self) -> tuple[torch.Tensor, ...]:
+        """After `next_logits`: the hidden states of the tokens that these logits follow.
+
+        Returns: [B, num_tokens, hidden_size] of each that the model's forward gives, the prompt's
+            tokens the first time, then one; the rows must have as many. The caller's own.
+        """
+        rows = [hidden.take() for hidden in self._hidden]
+        return tuple(torch.stack(layer) for layer in zip(*rows, strict=True))
+
     def offer(self, request: Request, logits: torch.Tensor) -> None:
         """Called by the engine: one row's logits [vocab_size]."""
         if len(request.output_token_ids) < self._num_given:
@@ -82,6 +93,43 @@ class LockstepGroup:
             self._num_given += 1
             self._ready.put(torch.stack(rows))
 
+    def note_hidden_states(
+        self,
+        request: Request,
+        start: int,
+        states: Sequence[torch.Tensor],
+        place: int,
+        num_tokens: int,
+    ) -> None:
+        """Called by the engine: a row's tokens in [place, place + num_tokens) of a step."""
+        self._hidden[request.row].add(start, states, place, num_tokens)
+
     def fail(self, error: BaseException) -> None:
         """Called by the engine: a row has ended by an error."""
         self._ready.put(error)
+
+
+class _HiddenStates:
+    """A row's hidden states that the caller has not taken, as pieces of the steps' results."""
+
+    def __init__(self) -> None:
+        self._num_known = 0  # tokens so far, those that were taken among them
+        self._pieces: list[tuple[Sequence[torch.Tensor], slice]] = []
+
+    def add(self, start: int, states: Sequence[torch.Tensor], place: int, num_tokens: int) -> None:
+        """Add those of tokens [start, start + num_tokens) that are new; not after a preemption."""
+        end = start + num_tokens
+        assert start <= self._num_known, "tokens were left out"
+        if end > self._num_known:
+            skipped = self._num_known - start
+            self._pieces.append((states, slice(place + skipped, place + num_tokens)))
+            self._num_known = end
+
+    def take(self) -> list[torch.Tensor]:
+        """[num_tokens, hidden_size] of each hidden state."""
+        pieces, self._pieces = self._pieces, []
+        if len(pieces) == 1:
+            states, rows = pieces[0]
+            return [state[rows] for state in states]
+        layers = zip(*[[state[rows] for state in states] for states, rows in pieces], strict=True)
+        return [torch.cat(layer) for layer in layers]

@@ -24,6 +24,15 @@ class TokenChooser(Protocol):
         """Take the logits [vocab_size] of the request's next token."""
         ...
 
+    def note_hidden_states(
+        self, request: Request, start: int, states: Sequence[Any], place: int, num_tokens: int
+    ) -> None:
+        """Take the hidden states of tokens [start, start + num_tokens) of a request.
+
+        They are in rows [place, place + num_tokens) of each of `states`.
+        """
+        ...
+
     def fail(self, error: BaseException) -> None:
         """Hear that one of its requests has ended by an error."""
         ...
@@ -74,6 +83,10 @@ class Request:
         cache_salt: Only requests of the same salt share blocks.
         prompt_logprobs: Per prompt token so far, None for the first; None: not wanted.
         seed: Of the request's own generator; set when it is submitted.
+        prompt_embeds: [len(prompt_token_ids), hidden_size], on the model's device, what stands in
+            the place of the prompt tokens' own embeddings; such a request shares no blocks. Its
+            prompt_token_ids only count.
+        wants_hidden_states: Its group hears the hidden states of every token.
         events: Receives ("token", id, index) for each token if `stream` is set, and
             ("finish", reason, index).
         done: Set when the request has ended.
@@ -101,6 +114,8 @@ class Request:
     cache_salt: str | None = None
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     seed: int = 0
+    prompt_embeds: Any = None
+    wants_hidden_states: bool = False
 
     request_id: int = field(default_factory=lambda: next(_request_ids))
     arrival_order: int = -1
@@ -153,6 +168,13 @@ class Request:
         """Whether logprobs of prompt tokens are wanted and not all known."""
         known = self.prompt_logprobs
         return known is not None and len(known) < len(self.prompt_token_ids)
+
+    @property
+    def has_embeds_left(self) -> bool:
+        """Whether some of the tokens that run next are embeddings."""
+        return self.prompt_embeds is not None and self.num_computed_tokens < len(
+            self.prompt_token_ids
+        )
 
     def token_ids(self, start: int, end: int) -> list[int]:
         """Prompt and output ids [start, end)."""

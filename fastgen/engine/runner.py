@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from ..compiled import CompiledForward
-from .batch import build_batch
+from ..compiled import CompiledForward, ForwardOutput
+from ..passes import Variant
+from .batch import add_embeds, build_batch
 from .decode_graphs import DecodeGraphs
 from .kv_cache import KVCache
 from .scheduler import SchedulerOutput
 
 
 class Runner:
-    """The compiled forward and its KV cache on one device.
+    """A model's compiled forwards and their one KV cache on one device.
 
-    graphs: Captured decode steps, where there are any. forward_seconds: Of the last step; on a GPU
-    until the kernels are queued, not until they ran.
+    compiled: The plain forward. variants: Others of the same model, by what they take and give;
+    the smallest that does for all requests of a step runs it. graphs: Captured decode steps of the
+    plain one, where there are any. forward_seconds: Of the last step; on a GPU until the kernels
+    are queued, not until they ran.
     """
 
     def __init__(
@@ -27,9 +30,11 @@ class Runner:
         kv_cache: KVCache,
         device: torch.device,
         graphs: DecodeGraphs | None = None,
+        variants: Mapping[Variant, CompiledForward] | None = None,
     ) -> None:
         self.compiled, self.kv_cache, self.device = compiled, kv_cache, device
         self.graphs = graphs
+        self.variants = {} if variants is None else variants
         self.forward_seconds = 0.0
 
     @torch.inference_mode()
@@ -42,19 +47,29 @@ class Runner:
             self.kv_cache.poison([b for b in output.freed_blocks if b not in targets])
 
     @torch.inference_mode()
-    def run(self, output: SchedulerOutput) -> torch.Tensor:
+    def run(self, output: SchedulerOutput) -> ForwardOutput:
         """Run one step; logits [rows that sample, vocab_size] in the order of `scheduled`."""
+        forward = self._forward_for(output)
         bucket = None
-        if self.graphs is not None and not output.items:
+        if self.graphs is not None and forward is self.compiled and not output.items:
             bucket = self.graphs.bucket_for(output.num_seqs)
         batch = build_batch(output, self.kv_cache.block_size, self.device, bucket)
+        if (like := forward.embeds_like) is not None:
+            add_embeds(batch, output, like)
         start = time.perf_counter()
         if self.graphs is None or bucket is None:
-            logits = self.compiled(batch, self.kv_cache)
+            result = forward.run(batch, self.kv_cache)
         else:
-            logits = self.graphs.run(batch)[: output.num_seqs]
+            result = ForwardOutput(self.graphs.run(batch)[: output.num_seqs])
         self.forward_seconds = time.perf_counter() - start
-        return logits
+        return result
+
+    def _forward_for(self, output: SchedulerOutput) -> CompiledForward:
+        if not self.variants:
+            return self.compiled
+        forward = smallest_covering(self.compiled, self.variants, _needs(output))
+        assert forward is not None, "a request was let in without its variant"
+        return forward
 
     def read_cache(self, block_ids: Sequence[int], length: int) -> list[tuple[torch.Tensor, ...]]:
         """A sequence's keys and values, copied: per layer two [num_kv_heads, length, head_dim]."""
@@ -65,3 +80,20 @@ class Runner:
             )
             for layer in range(len(self.kv_cache.spec.layers))
         ]
+
+
+def smallest_covering(
+    plain: CompiledForward, variants: Mapping[Variant, CompiledForward], needed: Variant
+) -> CompiledForward | None:
+    """The forward that takes and gives what is needed, and as little else as there is."""
+    found = [forward for forward in (plain, *variants.values()) if forward.variant.covers(needed)]
+    return min(found, key=lambda forward: forward.variant.size, default=None)
+
+
+def _needs(output: SchedulerOutput) -> Variant:
+    """What a step's requests need together."""
+    requests = (*output.decodes.requests, *(item.request for item in output.items))
+    return Variant(
+        prompt_embeds=any(item.request.has_embeds_left for item in output.items),
+        hidden_states=any(request.wants_hidden_states for request in requests),
+    )

@@ -102,7 +102,10 @@ class RunningRows:
             self.last_token[row] = output[-1] if output else request.prompt_token_ids[-1]
         self.num_left[row] = request.sampling.max_tokens - len(output)
         self.is_special[row] = (
-            request.needs_query or request.needs_prompt_logits or request.needs_fork
+            request.needs_query
+            or request.needs_prompt_logits
+            or request.needs_fork
+            or request.has_embeds_left
         )
         self.shares_last[row] = request.shares_last_block
         self.is_plain[row] = (

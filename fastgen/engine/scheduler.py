@@ -323,7 +323,7 @@ class Scheduler:
         return self.running[: len(requests)] == requests
 
     def _published_prefix(self, request: Request) -> list[int]:
-        if request.needs_prompt_logits or request.needs_fork:
+        if request.needs_prompt_logits or request.needs_fork or request.wants_hidden_states:
             return []  # every prompt token must be computed, or none
         return self.pool.find(block_digests(request, request.num_tokens, self.block_size))
 

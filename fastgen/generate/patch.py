@@ -13,16 +13,18 @@ from typing import Any, Protocol
 
 import torch
 
+from ..capture import takes_positions
 from ..engine.engine import EngineCore
 from ..errors import CapacityError, UnsupportedModelError
+from ..passes import PLAIN, Variant
 from .beam_loop import run_beam_loop
 from .free_running import may_run_free, run_free
 from .prepared import PreparedCall, TransformersLoop
 from .returned_cache import check_kinds
-from .rows import requests_of
+from .rows import columns, requests_of
 from .sample_loop import run_sample_loop
 from .stop_strings import take_stop_strings, with_stop_strings
-from .support import check_call
+from .support import check_call, check_variant
 
 _PATCH_MARK = "_fastgen_original"
 
@@ -30,8 +32,11 @@ _PATCH_MARK = "_fastgen_original"
 class Optimized(Protocol):
     """What generate() needs to know of an optimised model."""
 
-    def ready(self, model: Any) -> EngineCore:
-        """The model's engine; raises TransformersLoop if it cannot run the model as it is."""
+    def ready(self, model: Any, variant: Variant = PLAIN) -> EngineCore:
+        """The model's engine; raises TransformersLoop if it cannot run the model as it is.
+
+        variant: What the requests will need.
+        """
         ...
 
     def count_fallback(self, reason: str) -> None: ...
@@ -94,20 +99,27 @@ def _generate_native(
     ) -> Any:
         if generation_config.return_dict_in_generate and "past_key_values" in model_kwargs:
             check_kinds(model, engine)
-        return _decode(
-            PreparedCall(
-                model,
-                engine,
-                input_ids,
-                logits_processor,
-                with_stop_strings(stopping_criteria, stop_strings, generation_config),
-                generation_config,
-                streamer,
-                attention_mask=model_kwargs.get("attention_mask"),
-                position_ids=model_kwargs.get("position_ids"),
-                past_key_values=model_kwargs.get("past_key_values"),
-            )
+        attention_mask = model_kwargs.get("attention_mask")
+        position_ids = model_kwargs.get("position_ids")
+        if position_ids is None and not takes_positions(model):
+            position_ids = columns(input_ids, attention_mask)
+        call = PreparedCall(
+            model,
+            engine,
+            input_ids,
+            logits_processor,
+            with_stop_strings(stopping_criteria, stop_strings, generation_config),
+            generation_config,
+            streamer,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=model_kwargs.get("past_key_values"),
+            inputs_embeds=model_kwargs.get("inputs_embeds"),
         )
+        if call.variant != PLAIN:
+            check_variant(call)
+            call.engine = optimized.ready(model, call.variant)
+        return _decode(call)
 
     return original(model, **arguments, custom_generate=decode)
 

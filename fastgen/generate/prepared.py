@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..engine.engine import EngineCore
+from ..passes import Variant
 
 
 class TransformersLoop(Exception):
@@ -19,8 +20,10 @@ class PreparedCall:
     """What transformers hands to its decoding loop, and the engine that computes the logits.
 
     model: as transformers calls it. input_ids: [B, T] int64, left-padded, repeated for
-    num_return_sequences or num_beams. attention_mask and position_ids: of the same shape, or None.
-    past_key_values: the empty cache object that the result carries, or None.
+    num_return_sequences or num_beams. attention_mask and position_ids: of the prompt's shape, or
+    None. past_key_values: the empty cache object that the result carries, or None. inputs_embeds:
+    [B, T, hidden_size], the prompt in the place of input_ids, which are then what the result begins
+    with, often nothing; or None.
     """
 
     model: Any
@@ -33,6 +36,23 @@ class PreparedCall:
     attention_mask: torch.Tensor | None
     position_ids: torch.Tensor | None
     past_key_values: Any
+    inputs_embeds: torch.Tensor | None = None
+
+    @property
+    def prompt_shape(self) -> torch.Size:
+        """[B, T] of the prompt."""
+        given = self.input_ids if self.inputs_embeds is None else self.inputs_embeds
+        return given.shape[:2]
+
+    @property
+    def returns_hidden_states(self) -> bool:
+        config = self.generation_config
+        return bool(config.return_dict_in_generate and config.output_hidden_states)
+
+    @property
+    def variant(self) -> Variant:
+        """What the model's graph must take and give."""
+        return Variant(self.inputs_embeds is not None, self.returns_hidden_states)
 
     @property
     def num_beams(self) -> int:

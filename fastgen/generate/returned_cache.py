@@ -30,16 +30,26 @@ def fill_cache(call: PreparedCall, requests: list[Request], length: int) -> None
     if call.past_key_values is None:
         return
     rows = call.engine.read_caches(requests)
-    num_rows, num_prompt = call.input_ids.shape
+    num_rows, num_prompt = call.prompt_shape
     visible = torch.ones(num_rows, length, dtype=torch.bool, device=call.input_ids.device)
     if call.attention_mask is not None:
         visible[:, :num_prompt] = call.attention_mask.bool()
-    for layer in range(len(rows[0])):
+    entries = call.engine.compiled.spec.entries
+    for layer, entry in enumerate(entries):
+        if entry in entries[:layer] and not _has_its_own(call.past_key_values, layer):
+            continue
         pair = []
         for role in (0, 1):
-            first = rows[0][layer][role]
+            first = rows[0][entry][role]
             full = first.new_zeros((num_rows, first.shape[0], length, first.shape[2]))
-            for row, layers in enumerate(rows):
-                full[row, :, visible[row].to(first.device)] = layers[layer][role]
+            for row, kept in enumerate(rows):
+                full[row, :, visible[row].to(first.device)] = kept[entry][role]
             pair.append(full)
         call.past_key_values.update(*pair, layer)
+
+
+def _has_its_own(cache: Any, layer: int) -> bool:
+    """Whether transformers' cache keeps keys for a layer that reads those of an earlier one."""
+    from transformers.cache_utils import DynamicLayer
+
+    return layer < len(cache.layers) and isinstance(cache.layers[layer], DynamicLayer)

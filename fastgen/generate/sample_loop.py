@@ -23,6 +23,7 @@ def run_sample_loop(call: PreparedCall, requests: list[Request]) -> Any:
     as_dict = config.return_dict_in_generate
     scores: Any = () if as_dict and config.output_scores else None
     raw_logits: Any = () if as_dict and config.output_logits else None
+    hidden_states: Any = () if call.returns_hidden_states else None
     pads_finished = any(hasattr(c, "eos_token_id") for c in call.stopping_criteria)
     unfinished = torch.ones(input_ids.shape[0], dtype=torch.long, device=input_ids.device)
     for request in requests:
@@ -35,6 +36,8 @@ def run_sample_loop(call: PreparedCall, requests: list[Request]) -> Any:
                 scores += (next_scores,)
             if raw_logits is not None:
                 raw_logits += (logits,)
+            if hidden_states is not None:
+                hidden_states += (group.take_hidden_states(),)
             if config.do_sample:
                 probabilities = torch.softmax(next_scores, dim=-1)
                 tokens = torch.multinomial(probabilities, num_samples=1).squeeze(1)
@@ -51,7 +54,8 @@ def run_sample_loop(call: PreparedCall, requests: list[Request]) -> Any:
                 break
             group.feed(tokens.tolist())
         if as_dict:
-            fill_cache(call, requests, input_ids.shape[1] - 1)
+            num_new = input_ids.shape[1] - call.input_ids.shape[1]
+            fill_cache(call, requests, call.prompt_shape[1] + num_new - 1)
     if call.streamer is not None:
         call.streamer.end()
     if not as_dict:
@@ -60,5 +64,6 @@ def run_sample_loop(call: PreparedCall, requests: list[Request]) -> Any:
         sequences=input_ids,  # pyright: ignore
         scores=scores,
         logits=raw_logits,
+        hidden_states=hidden_states,
         past_key_values=call.past_key_values,
     )

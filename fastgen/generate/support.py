@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .prepared import TransformersLoop
+from .prepared import PreparedCall, TransformersLoop
 
 
 class By(enum.Enum):
@@ -73,7 +73,7 @@ ARGUMENTS: tuple[Row, ...] = (
     _loop("negative_prompt_attention_mask", "classifier-free guidance"),
     _loop("custom_generate", "a loop of the user's own"),
     _loop("past_key_values", "a cache that the caller has begun"),
-    _loop("inputs_embeds", "a prompt of embeddings"),
+    *_native("the prompt, embeddings; not with beams", "inputs_embeds"),
 )
 
 FIELDS: tuple[Row, ...] = (
@@ -110,7 +110,7 @@ FIELDS: tuple[Row, ...] = (
     *_native("beams go on from one another's blocks", "num_beams"),
     *_native("for beams", "early_stopping", "length_penalty"),
     _loop("output_attentions", "attention weights, which no fused kernel computes", False),
-    _loop("output_hidden_states", "hidden states of all layers", False),
+    *_native("not with beams, nor with hidden slots", "output_hidden_states"),
     Row("use_cache", By.LOOP, "no cache is to be kept", (None, True)),
     Row("cache_implementation", By.LOOP, "another kind of cache", (None, "dynamic", "hybrid")),
     *_native("asks for nothing with a dynamic cache", "cache_config", "max_cache_len"),
@@ -207,6 +207,17 @@ def _fields() -> tuple[str, ...]:
     from transformers import GenerationConfig
 
     return tuple(vars(GenerationConfig()))
+
+
+def check_variant(call: PreparedCall) -> None:
+    """Raise TransformersLoop if embeddings or hidden states are asked for in an unknown way."""
+    wanted = call.generation_config.output_hidden_states
+    if wanted is not None and type(wanted) is not bool:
+        raise TransformersLoop(f"output_hidden_states={wanted!r}")
+    if call.num_beams > 1:
+        raise TransformersLoop(f"beams with {call.variant}")
+    if (size := call.generation_config.prefill_chunk_size) is not None:
+        raise TransformersLoop(f"prefill_chunk_size={size} with {call.variant}")
 
 
 def _active_dropout(model: Any) -> str | None:

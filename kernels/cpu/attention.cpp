@@ -61,7 +61,7 @@ struct Work {
 
 struct Batch {
   int64_t num_tokens, num_sequences;
-  const int64_t* slots;     // [num_tokens]
+  const int64_t* slots;     // [num_tokens], or null: nothing is stored
   const int32_t* table;     // [num_sequences, table_width], rows `table_stride` apart
   int64_t table_stride, table_width;
   const int32_t* starts;    // [num_sequences + 1]
@@ -222,7 +222,7 @@ Error run(const Step& step, const Batch& batch, const New& key, const New& value
   static thread_local Plan plan;
   static thread_local Memory parts;
   const int64_t num_slots = step.num_blocks * step.block_size;
-  for (int64_t token = 0; token < batch.num_tokens; ++token)
+  for (int64_t token = 0; batch.slots && token < batch.num_tokens; ++token)
     if (batch.slots[token] >= num_slots) return kNoSuchSlot;
   if (const Error error = plan.make(step, batch, num_threads, splits)) return error;
 
@@ -254,7 +254,7 @@ Error run(const Step& step, const Batch& batch, const New& key, const New& value
 #pragma omp for schedule(static)
     for (int64_t token = 0; token < batch.num_tokens; ++token) {
       if (token >= end) std::memset(output + token * row_floats, 0, row_floats * sizeof(T));
-      const int64_t slot = batch.slots[token];
+      const int64_t slot = batch.slots ? batch.slots[token] : -1;
       if (slot < 0) continue;  // it is not stored
       write<T>(key, key_cache, step, step.width, token, slot);
       write<T>(value, value_cache, step, step.v_width, token, slot);

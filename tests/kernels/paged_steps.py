@@ -99,6 +99,8 @@ class Case:
             "window": 0,
             "softcap": 0.0,
             "sinks": None,
+            "chunk": 0,
+            "alibi_slopes": None,
             **self.settings,
         }
 
@@ -144,6 +146,11 @@ class Case:
         num_queries, num_keys = query.shape[0], key.shape[0]
         distance = torch.arange(num_keys - num_queries, num_keys)[:, None] - torch.arange(num_keys)
         hidden = (distance < 0) | (distance >= (arguments["window"] or num_keys))
+        if arguments["chunk"]:
+            chunks = torch.arange(num_keys).div(arguments["chunk"], rounding_mode="floor")
+            hidden |= chunks[num_keys - num_queries :, None] != chunks
+        if arguments["alibi_slopes"] is not None:
+            scores = scores - arguments["alibi_slopes"].to(dtype)[:, None, None] * distance
         weights = scores.masked_fill(hidden, -torch.inf).exp()
         total = weights.sum(-1, keepdim=True)
         if arguments["sinks"] is not None:

@@ -16,7 +16,19 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 HEADS = [(7, 1), (14, 2), (3, 3)]  # GQA 7 over one and over two KV heads, GQA 1
 
 
-def dense_attention(query, key, value, scale, window=0, softcap=0.0, sinks=None, *, dtype):
+def dense_attention(
+    query,
+    key,
+    value,
+    scale,
+    window=0,
+    softcap=0.0,
+    sinks=None,
+    chunk=0,
+    alibi_slopes=None,
+    *,
+    dtype,
+):
     """The formula in `dtype`, every head with keys of its own; queries are the last positions."""
     num_queries, num_heads, num_keys = query.shape[0], query.shape[1], key.shape[0]
     kv_heads = torch.arange(num_heads) // (num_heads // key.shape[1])
@@ -25,7 +37,12 @@ def dense_attention(query, key, value, scale, window=0, softcap=0.0, sinks=None,
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
     distance = torch.arange(num_keys - num_queries, num_keys)[:, None] - torch.arange(num_keys)
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes.to(dtype)[:, None, None] * distance
     scores[:, (distance < 0) | (distance >= (window or num_keys))] = -torch.inf
+    if chunk:
+        chunks = torch.arange(num_keys).div(chunk, rounding_mode="floor")
+        scores[:, chunks[num_keys - num_queries :, None] != chunks] = -torch.inf
     largest = scores.amax(-1, keepdim=True)
     weights = (scores - largest).exp()
     total = weights.sum(-1, keepdim=True)
@@ -34,10 +51,10 @@ def dense_attention(query, key, value, scale, window=0, softcap=0.0, sinks=None,
     return torch.einsum("hqk,khd->qhd", weights / total, value)
 
 
-def assert_accurate(output, query, key, value, scale, window=0, softcap=0.0, sinks=None):
+def assert_accurate(output, query, key, value, *args, **settings):
     """Error against fp64 <= 2 x (error of the fp32 formula rounded to the dtype + eps x max)."""
-    exact = dense_attention(query, key, value, scale, window, softcap, sinks, dtype=torch.float64)
-    plain = dense_attention(query, key, value, scale, window, softcap, sinks, dtype=torch.float32)
+    exact = dense_attention(query, key, value, *args, **settings, dtype=torch.float64)
+    plain = dense_attention(query, key, value, *args, **settings, dtype=torch.float32)
     assert output.shape == exact.shape
     assert output.dtype == query.dtype
     peer = (plain.to(query.dtype).double() - exact).abs().max()
@@ -66,7 +83,7 @@ def tensors(num_tokens, heads=(7, 1), head_dim=64, v_head_dim=None, dtype=torch.
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
-def run(name, query, key, value, scale, window=0, softcap=0.0, sinks=None):
+def run(name, query, key, value, scale, window=0, softcap=0.0, sinks=None, **settings):
     """Run the op itself ("op") or one implementation; skip what an implementation refuses."""
     arguments = {
         "query": query,
@@ -78,6 +95,7 @@ def run(name, query, key, value, scale, window=0, softcap=0.0, sinks=None):
         "softcap": softcap,
         "sinks": sinks,
         "layer_idx": 0,
+        **settings,
     }
     if name == "op":
         return attention_op(**arguments)
@@ -103,6 +121,8 @@ def test_equals_fp64(name, heads, head_dim, num_tokens, dtype):
     assert_accurate(output, query, key, value, head_dim**-0.5)
 
 
+SLOPES = 2.0 ** -torch.linspace(0, 8, 14)
+
 VARIANTS = [
     pytest.param({"window": 1}, id="window-1"),
     pytest.param({"window": 16}, id="window-16"),
@@ -113,6 +133,16 @@ VARIANTS = [
     pytest.param({"sinks": torch.linspace(-1, 3, 14)}, id="sinks"),
     pytest.param(
         {"window": 7, "softcap": 5.0, "sinks": torch.linspace(-1, 3, 14)}, id="all-together"
+    ),
+    pytest.param({"chunk": 1}, id="chunk-1"),
+    pytest.param({"chunk": 16}, id="chunk-16"),
+    pytest.param({"chunk": 63}, id="chunk-all"),
+    pytest.param({"chunk": 20, "window": 7}, id="chunk-window"),
+    pytest.param({"alibi_slopes": SLOPES}, id="alibi"),
+    pytest.param({"alibi_slopes": SLOPES, "chunk": 20, "window": 7}, id="alibi-chunk-window"),
+    pytest.param(
+        {"alibi_slopes": SLOPES, "softcap": 5.0, "sinks": torch.linspace(-1, 3, 14), "chunk": 20},
+        id="alibi-softcap-sinks-chunk",
     ),
 ]
 
@@ -174,6 +204,43 @@ def test_queries_are_the_last_tokens_of_their_keys(attend, num_queries, window, 
     assert_accurate(output, query, key, value, 0.1, window)
 
 
+@DTYPES
+@pytest.mark.parametrize("num_queries", [1, 30, 63])
+@pytest.mark.parametrize(
+    "settings", [{"chunk": 20}, {"alibi_slopes": SLOPES, "chunk": 40}], ids=str
+)
+@pytest.mark.parametrize("attend", [attend_reference, attend_sdpa], ids=["reference", "sdpa"])
+def test_chunks_and_distances_count_from_the_first_key(attend, settings, num_queries, dtype):
+    query, key, value = tensors(63, (14, 2), 80, v_head_dim=48, dtype=dtype)
+    query = query[-num_queries:]
+    rest = () if attend is attend_sdpa else (0.0, None)
+    output = attend(query, key, value, 0.1, 0, *rest, **settings)
+    assert_accurate(output, query, key, value, 0.1, **settings)
+
+
+@pytest.mark.parametrize("attend", [attend_reference, attend_sdpa], ids=["reference", "sdpa"])
+@pytest.mark.parametrize("rows_per_tile", [1, 7, 62])
+def test_tiles_of_biased_scores_equal_one_tile(monkeypatch, rows_per_tile, attend):
+    rest = () if attend is attend_sdpa else (0.0, None)
+    query, key, value = tensors(63, (14, 2), 80, v_head_dim=48)
+    monkeypatch.setattr(kernel_file, "MAX_SCORES", 14 * 63 * rows_per_tile)
+    output = attend(query[13:], key, value, 0.1, 20, *rest, 30, SLOPES)
+    assert_accurate(output, query[13:], key, value, 0.1, 20, chunk=30, alibi_slopes=SLOPES)
+
+
+@pytest.mark.parametrize("name", ["triton", "cpu"])
+@pytest.mark.parametrize(
+    "setting", [{"chunk": 4}, {"alibi_slopes": SLOPES}], ids=["chunk", "alibi"]
+)
+def test_implementations_that_know_neither_say_so(setting, name):
+    query, key, value = tensors(9, (14, 2))
+    arguments = {"query": query, "key": key, "value": value, "slot_mapping": query, **setting}
+    for op in ("fastgen::attention", "fastgen::paged_attention"):
+        for item in implementations(op):
+            if item.name == name:
+                assert item.refuses(CallSite(query.device, arguments)) == next(iter(setting))
+
+
 @pytest.mark.parametrize("rows_per_tile", [1, 7, 62])
 def test_tiles_of_queries_equal_one_tile(monkeypatch, rows_per_tile):
     sinks = torch.linspace(-1, 3, 14)
@@ -223,12 +290,14 @@ def test_heads_that_do_not_fit_are_refused(shapes, message, device):
     [
         pytest.param((0, 0.0, None), id="plain"),
         pytest.param((4, 2.0, torch.zeros(14)), id="window-softcap-sinks"),
+        pytest.param((0, 0.0, None, 3, 4, torch.ones(14)), id="chunk-alibi"),
     ],
 )
 def test_opcheck(variant):
     query, key, value = tensors(9, (14, 2), 16, v_head_dim=8)
     strided = query.transpose(0, 1).contiguous().transpose(0, 1)
-    arguments = (strided, key, value, None, 0.25, *variant, 3)
+    window, softcap, sinks, layer_idx, *rest = (*variant, 3)[:6]
+    arguments = (strided, key, value, None, 0.25, window, softcap, sinks, layer_idx, *rest)
     torch.library.opcheck(torch.ops.fastgen.attention.default, arguments)
 
 
@@ -239,6 +308,12 @@ def test_opcheck(variant):
         pytest.param({"softcap": 0.0}, {"softcap": 5.0}, id="softcap-dropped"),
         pytest.param({"sinks": None}, {"sinks": torch.linspace(-1, 3, 14)}, id="sinks-dropped"),
         pytest.param({"scale": 0.11}, {"scale": 0.1}, id="scale"),
+        pytest.param({"chunk": 21}, {"chunk": 20}, id="chunk-off-by-one"),
+        pytest.param({"chunk": 0}, {"chunk": 60}, id="chunk-dropped"),
+        pytest.param(
+            {"alibi_slopes": SLOPES.roll(1)}, {"alibi_slopes": SLOPES}, id="slopes-of-other-heads"
+        ),
+        pytest.param({}, {"alibi_slopes": SLOPES}, id="slopes-dropped"),
     ],
 )
 @DTYPES

@@ -54,6 +54,8 @@ def test_few_long_sequences_on_many_threads(name, head_dim, settings, dtype):
     case.assert_accurate(case.run(name))
 
 
+SLOPES = 2.0 ** -torch.linspace(0, 8, 14)
+
 SETTINGS = [
     pytest.param({"window": 1}, id="window-1"),
     pytest.param({"window": 16}, id="window-of-a-block"),
@@ -63,6 +65,16 @@ SETTINGS = [
     pytest.param({"sinks": torch.linspace(-1, 3, 14)}, id="sinks"),
     pytest.param(
         {"window": 9, "softcap": 5.0, "sinks": torch.linspace(-1, 3, 14)}, id="all-together"
+    ),
+    pytest.param({"chunk": 1}, id="chunk-1"),
+    pytest.param({"chunk": 16}, id="chunk-of-a-block"),
+    pytest.param({"chunk": 33}, id="chunk-33"),
+    pytest.param({"chunk": 33, "window": 20}, id="chunk-window"),
+    pytest.param({"alibi_slopes": SLOPES}, id="alibi"),
+    pytest.param({"alibi_slopes": SLOPES, "chunk": 33, "window": 20}, id="alibi-chunk-window"),
+    pytest.param(
+        {"alibi_slopes": SLOPES, "softcap": 5.0, "sinks": torch.linspace(-1, 3, 14)},
+        id="alibi-softcap-sinks",
     ),
 ]
 
@@ -217,6 +229,7 @@ def test_heads_that_do_not_fit_are_refused(device):
         pytest.param(
             {"window": 4, "softcap": 2.0, "sinks": torch.zeros(2)}, id="window-softcap-sinks"
         ),
+        pytest.param({"chunk": 4, "alibi_slopes": torch.ones(2)}, id="chunk-alibi"),
     ],
 )
 def test_opcheck(settings):

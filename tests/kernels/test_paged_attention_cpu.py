@@ -54,6 +54,21 @@ def test_head_dims(dtype, dims):
 LONG = [Sequence(0, 290), Sequence(300, 230), Sequence(600, 1), Sequence(30, 1), Sequence(0, 5)]
 
 
+def test_without_slots_nothing_is_stored(dtype):
+    """Another layer has stored the keys and values; those that come with the call are not read."""
+    case = Case(LONG, heads=(4, 2), head_dim=64, v_head_dim=64, dtype=dtype)
+    check(case)
+    names = ("key_cache", "value_cache")
+    before = {name: case.arguments[name].clone() for name in names}
+    expected = case.run("cpu")
+    for name in ("key", "value"):
+        case.arguments[name].fill_(float("nan"))
+    case.arguments["slot_mapping"] = None
+    assert torch.equal(case.run("cpu"), expected)
+    for name in names:
+        assert torch.equal(case.arguments[name].nan_to_num(7), before[name].nan_to_num(7))
+
+
 @pytest.mark.parametrize("block_size", [16, 32, 64])
 def test_long_chunks_beside_single_tokens(dtype, block_size):
     check(Case(LONG, block_size, heads=(7, 1), head_dim=64, v_head_dim=64, dtype=dtype))

@@ -11,6 +11,8 @@ from fastgen.passes.pipeline import check_form, check_values
 from test_graph import Attention, evaluate, lift
 from torch import nn
 
+from fastgen.compiled import choose_kernels
+
 METADATA = ["slot_mapping", "block_table", "query_start_loc", "seq_lens"]
 PAGED = torch.ops.fastgen.paged_attention.default
 
@@ -155,7 +157,8 @@ def test_the_spec_is_read_from_the_keys_and_values(dtype):
             LayerCache("kv", 2, 4, 6, dtype, 0),
             LayerCache("kv", 1, 8, 8, dtype, 5),
             LayerCache("kv", 3, 4, 6, dtype, 9),
-        )
+        ),
+        entries=(0, 1, 2),
     )
     assert [layer.layout for layer in spec.layers] == ["canonical"] * 3
     assert all(type(layer.head_dim) is int for layer in spec.layers)
@@ -314,6 +317,39 @@ def test_a_mask_is_never_dropped():
     assert any(spec.target == "mask" for spec in captured.inputs.values())
     with pytest.raises(ValueError, match="mask"):
         insert_paged_cache(captured)
+
+
+class Biased(Layer):
+    """Chunks and ALiBi: arguments that most attention nodes do not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("slopes", 2.0 ** -torch.arange(1.0, 5.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = [linear(x).unflatten(-1, (n, -1)) for linear, n in ((self.q, 4), (self.k, 2))]
+        value = self.v(x).unflatten(-1, (2, -1))
+        output = attention(*heads, value, None, 0.3, 0, 0.0, None, 0, 6, self.slopes)
+        return self.o(output.flatten(-2))
+
+
+def test_chunks_and_slopes_are_carried_over():
+    torch.manual_seed(0)
+    module, x = Biased(), torch.randn(20, 16)
+    before, after, _ = paged(module)
+    (layer,) = cache_spec(after).layers
+    assert (layer.chunk, layer.alibi, layer.counts_places) == (6, True, True)
+    choose_kernels(lowered := after.copy())
+    assert all(node.target is not PAGED for node in lowered.graph.nodes)
+    cache = Cache(cache_spec(after), 20, block_size=4)
+    parts = [cache.run(lowered, module, x, *span) for span in ((0, 7), (7, 8), (8, 20))]
+    torch.testing.assert_close(torch.cat(parts), evaluate(before, module, x))
+
+
+def test_layers_without_either_count_no_places():
+    _, after, _ = paged(Stack())
+    assert [layer.counts_places for layer in cache_spec(after).layers] == [False, True, True]
+    assert not any(layer.chunk or layer.alibi for layer in cache_spec(after).layers)
 
 
 def test_planted_wrong_window_is_seen():
