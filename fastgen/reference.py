@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from .errors import UnsupportedModelError
-from .wrappers import unwrap
+from .wrappers import copy_of_modules, unwrap
 
 # Of a product's results in half precision, those that another order of the sum may round to the
 # neighbour: the sum is in fp32, and most lie far from the middle between two numbers.
@@ -34,14 +32,7 @@ class Reference:
         from transformers import GenerationConfig
 
         model = unwrap(model)
-        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-        try:
-            self.model: Any = copy.deepcopy(model, shared)
-        except Exception as error:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}"
-            ) from error
-        self.model.eval()
+        self.model: Any = copy_of_modules(model)
         self.model.generation_config = GenerationConfig()
         self.device = next(model.parameters()).device
 

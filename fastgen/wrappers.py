@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
+
+import torch
+
+from .errors import UnsupportedModelError
 
 
 def unwrap(model: Any) -> Any:
@@ -36,3 +42,20 @@ def replaces_inputs(model: Any) -> bool:
     own = vars(model).get("prepare_inputs_for_generation")
     of_class = getattr(type(model), "prepare_inputs_for_generation", None)
     return own is not None and getattr(own, "__func__", None) is not of_class
+
+
+def copy_of_modules(
+    model: Any, share: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
+) -> Any:
+    """A model's modules in evaluation mode, over the same memory of parameters and buffers.
+
+    share: What stands for each of them in the copy.
+    Raises: UnsupportedModelError if the modules cannot be copied.
+    """
+    shared = {id(tensor): share(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    try:
+        return copy.deepcopy(model, shared).eval()
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}"
+        ) from error

@@ -58,10 +58,11 @@ class LayerCache:
     chunk: int = 0
     alibi: bool = False
 
-    @property
-    def counts_places(self) -> bool:
-        """Whether what a query sees depends on how many tokens lie between it and a key."""
-        return bool(self.window or self.chunk or self.alibi)
+    def counts_places(self, length: int) -> bool:
+        """Whether what a query of so long a sequence sees depends on how many tokens lie between
+        it and a key: no window or chunk that is as long hides any.
+        """
+        return self.alibi or 0 < self.window < length or 0 < self.chunk < length
 
     @property
     def tensors(self) -> dict[str, int]:

@@ -142,8 +142,11 @@ def check_form(graph: CapturedGraph) -> None:
     assert names == list(graph.inputs), f"inputs {list(graph.inputs)} do not name {names}"
 
 
-def _is_fixed(size: torch.SymInt) -> bool:
-    return size.node.expr.is_number
+def _fixed_sizes(value: torch.Tensor | torch.SymInt) -> list[torch.SymInt]:
+    """Of an input, the sizes that were symbols once and are numbers now; torch.compile's graphs
+    have sizes as inputs of their own."""
+    sizes = value.shape if isinstance(value, torch.Tensor) else [value]
+    return [s for s in sizes if isinstance(s, torch.SymInt) and s.node.expr.is_number]
 
 
 def check_values(before: CapturedGraph, after: CapturedGraph) -> None:
@@ -159,7 +162,7 @@ def check_values(before: CapturedGraph, after: CapturedGraph) -> None:
     with enable_python_dispatcher():  # as in the capture: polar, for one, is symbolic only there
         FakeTensorProp(after.module, mode).propagate_dont_convert_inputs(*values)
     for node, value in zip(after.placeholders(), values, strict=True):
-        fixed = [size for size in value.shape if not isinstance(size, int) and _is_fixed(size)]
+        fixed = _fixed_sizes(value)
         assert not fixed, f"{node.name} was of any length, and is now of {fixed[0]}"
     dtypes, shapes = after.output_form()
     assert old_dtypes == dtypes, f"outputs were {old_dtypes}, are {dtypes}"

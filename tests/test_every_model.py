@@ -86,7 +86,7 @@ def test_other_tokens_are_wrong(monkeypatch):
     seeds = iter(range(100))
     original = classify.tiny_model
     monkeypatch.setattr(
-        classify, "tiny_model", lambda name, *recipe: original(name, *recipe, seed=next(seeds))
+        classify, "tiny_model", lambda name, *_: original(name, classify.Recipe(seed=next(seeds)))
     )
     verdict = classify.classify("llama")
     assert verdict.outcome == WRONG

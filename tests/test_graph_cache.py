@@ -15,7 +15,8 @@ from tiny_models import NativeTokens, greedy_alone, prompts, tiny_model
 from torch import fx
 
 import fastgen
-from fastgen import capture, graph_cache
+from fastgen import graph_cache
+from fastgen.capture import capturing
 from fastgen.graph_key import NotCacheableError
 
 SOURCE = "from the graph cache"
@@ -31,7 +32,7 @@ def no_export(monkeypatch):
         raise AssertionError("torch.export ran")
 
     monkeypatch.setattr(torch.export, "export", fail)
-    monkeypatch.setattr(capture, "check_packing", fail)
+    monkeypatch.setattr(capturing, "check_packing", fail)
     monkeypatch.setattr(fastgen.graphs, "rewrite", fail)
 
 

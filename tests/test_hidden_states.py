@@ -130,7 +130,7 @@ def test_beside_a_request_that_wants_none(pair):
     [
         ({"attention_mask": left_padded(prompts(20, 9, 20))[1]}, "hidden states of masked slots"),
         ({"prefill_chunk_size": 8}, "prefill_chunk_size=8"),
-        ({"num_beams": 2}, "num_beams=2"),
+        ({"num_beams": 2}, "beams with"),
         ({"output_attentions": True}, "output_attentions=True"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -7,6 +7,7 @@ from layer_models import MODELS, THRESHOLD, layer_model
 from tiny_models import NativeTokens, left_padded, prompts
 
 import fastgen
+import fastgen.graphs
 from fastgen import SamplingParams
 from fastgen.errors import CapacityError, UnsupportedModelError
 from fastgen.graph_key import graph_key
@@ -19,7 +20,7 @@ def pair(request):
     """A plain model and an equal one that is optimised."""
     plain, fast = layer_model(request.param), layer_model(request.param)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fastgen.api, "graph_key", graph_key)
+        patch.setattr(fastgen.graphs, "graph_key", graph_key)
         fastgen.optimize(fast)
     yield plain, fast
     fastgen.restore(fast)

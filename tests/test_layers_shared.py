@@ -138,7 +138,11 @@ def test_a_cache_with_a_place_for_each_layer_is_filled(own, filled):
         compiled=SimpleNamespace(spec=SimpleNamespace(entries=(0, 0))),
     )
     call = SimpleNamespace(
-        past_key_values=cache, engine=engine, input_ids=torch.ones(1, 2), attention_mask=None
+        past_key_values=cache,
+        engine=engine,
+        input_ids=torch.ones(1, 2),
+        prompt_shape=(1, 2),
+        attention_mask=None,
     )
     fill_cache(call, [], 3)  # pyright: ignore
     assert [i for i, layer in enumerate(cache.layers) if layer.get_seq_length() == 3] == filled

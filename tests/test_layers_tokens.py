@@ -20,6 +20,7 @@ from layer_models import (
 from tiny_models import NativeTokens, left_padded
 
 import fastgen
+import fastgen.graphs
 from fastgen import SamplingParams
 from fastgen.graph_key import graph_key
 
@@ -46,7 +47,7 @@ def answers(name):
 @pytest.fixture(scope="module")
 def engine(name):
     with pytest.MonkeyPatch.context() as patch:  # the second engine takes the first one's graph
-        patch.setattr(fastgen.api, "graph_key", graph_key)
+        patch.setattr(fastgen.graphs, "graph_key", graph_key)
         with engine_of(name) as engine:
             yield engine
 

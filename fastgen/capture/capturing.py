@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import threading
 import time
@@ -14,6 +13,7 @@ from torch import fx, nn
 from ..errors import UnsupportedModelError
 from ..fingerprint import marks_gradients, places_inputs
 from ..passes import BATCH_INPUTS, EMBEDS_INPUTS, PLAIN, CapturedGraph, InputSpec, Variant
+from ..wrappers import copy_of_modules
 from .attention import register, set_attention
 from .graph_checks import check_kept_tokens, check_layers, check_mutations, resolve_masks
 from .own_attention import replace_own_attention
@@ -93,14 +93,7 @@ def _check_takes_embeds(model: Any) -> None:
 
 def _clone(model: nn.Module) -> Any:
     """The model's modules in evaluation mode, over the same parameters and buffers."""
-    shared = {id(t): _exportable(t) for t in (*model.parameters(), *model.buffers())}
-    try:
-        clone: Any = copy.deepcopy(model, shared)
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be copied for capture: {type(error).__name__}: {error}"
-        ) from error
-    clone.eval()
+    clone = copy_of_modules(model, _exportable)
     for module in clone.modules():  # what does nothing without gradients, on one device
         if places_inputs(module):
             del module.forward

@@ -24,9 +24,11 @@ class PackedForward(nn.Module):
         super().__init__()
         self.model, self.variant = model, variant
         self.takes_positions, self.selects_rows = takes_positions(model), selects_rows(model)
+        rows: list[torch.Tensor] = []
+        self.select = rows.append  # a tensor among its attributes export would warn of
         if not self.selects_rows:  # its head then gets no more than the rows
             head: Any = model.get_output_embeddings()
-            head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, self.rows],))
+            head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, rows.pop()],))
 
     def forward(
         self,
@@ -52,9 +54,10 @@ class PackedForward(nn.Module):
             arguments["position_ids"] = positions.unsqueeze(0)
         if self.selects_rows:
             arguments["logits_to_keep"] = logits_indices
+        else:
+            self.select(logits_indices)
         if self.variant.hidden_states:
             arguments["output_hidden_states"] = True
-        self.rows = logits_indices
         # A padding mask keeps transformers from guessing packed sequences out of the positions.
         output = self.model(attention_mask=torch.ones_like(input_ids), use_cache=False, **arguments)
         logits = output.logits.squeeze(0)

@@ -301,16 +301,12 @@ class EngineCore:
 
     def _buckets(self) -> tuple[int, ...]:
         """Numbers of sequences whose decode steps are captured."""
-        if self.device.type != "cuda" or self.config.enforce_eager:
-            return ()
-        return batch_buckets(self.config.max_num_seqs)
+        eager = self.device.type != "cuda" or self.config.enforce_eager
+        return () if eager else batch_buckets(self.config.max_num_seqs)
 
     def _plan_gpu_memory(self) -> MemoryPlan:
-        free, total = torch.cuda.mem_get_info(self.device)
-        # What torch keeps and nobody uses is free, too.
-        kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return plan_memory(
-            GpuMemory(total, free + kept),
+            GpuMemory.of(self.device),
             self.compiled,
             self.config.gpu_memory_utilization,
             self.config.max_num_batched_tokens,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from ..compiled import CompiledForward
 from ..errors import CapacityError
 from .decode_graphs import table_bytes
@@ -16,6 +18,13 @@ class GpuMemory:
 
     total_bytes: int
     free_bytes: int
+
+    @classmethod
+    def of(cls, device: torch.device) -> GpuMemory:
+        free, total = torch.cuda.mem_get_info(device)
+        # What torch keeps and nobody uses is free, too.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return cls(total, free + kept)
 
 
 @dataclass(frozen=True)

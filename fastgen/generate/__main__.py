@@ -1,5 +1,7 @@
 """python -m fastgen.generate: print the table of what generate() can be asked for, as Markdown."""
 
+import sys
+
 from .support import markdown
 
 _HEAD = """\
@@ -13,5 +15,4 @@ A name that has no row here, of a later release, goes to transformers' loop.
 Printed by `python -m fastgen.generate`."""
 
 if __name__ == "__main__":
-    print(_HEAD)
-    print("\n".join(markdown()))
+    sys.stdout.write("\n".join((_HEAD, *markdown(), "")))

@@ -87,6 +87,7 @@ def _generate_native(
     check_call(model, arguments)
     engine = optimized.ready(model)
     streamer = arguments.pop("streamer", None)
+    arguments.pop("custom_generate", None)  # None, if it is there
     stop_strings = take_stop_strings(model, arguments)
 
     def decode(
@@ -125,15 +126,17 @@ def _generate_native(
 
 
 def _bind(original: Callable, model: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """All arguments by name, those of **kwargs among them, without self and those left None."""
+    """All that was passed by name, those of **kwargs among them, without self.
+
+    None stays: for a field of GenerationConfig it is a value, which overrides the model's own.
+    """
     try:
         bound = inspect.signature(original).bind(model, *args, **kwargs)
     except TypeError as error:
         raise TransformersLoop(str(error)) from None
     arguments = dict(bound.arguments)
     arguments.pop("self")
-    arguments.update(arguments.pop("kwargs", {}))
-    return {name: value for name, value in arguments.items() if value is not None}
+    return arguments | arguments.pop("kwargs", {})
 
 
 def _decode(call: PreparedCall) -> Any:

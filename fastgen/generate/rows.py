@@ -37,7 +37,8 @@ def requests_of(call: PreparedCall) -> list[Request]:
             raise TransformersLoop("attention_mask and the prompt differ in shape")
         masks = call.attention_mask.tolist()
     positions = _positions(call)
-    counts = any(layer.counts_places for layer in call.engine.compiled.spec.layers)
+    longest = num_prompt + max_new_tokens
+    counts = any(layer.counts_places(longest) for layer in call.engine.compiled.spec.layers)
     requests = []
     for row, mask, places, embedded in zip(rows, masks, positions, embeds, strict=True):
         visible = [i for i, seen in enumerate(mask) if seen]

@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from .support import chosen
+
 
 def take_stop_strings(model: Any, arguments: dict[str, Any]) -> Any:
     """The criterion of the call's stop strings, which are taken out of `arguments`; None without.
@@ -17,16 +19,11 @@ def take_stop_strings(model: Any, arguments: dict[str, Any]) -> Any:
     """
     from transformers import StopStringCriteria
 
-    given = arguments.get("generation_config")
-    own = getattr(model.generation_config, "stop_strings", None)
-    wanted = arguments.get("stop_strings")
-    if wanted is None:
-        wanted = getattr(given, "stop_strings", None)
-    if wanted is None:
-        wanted = own
-    tokenizer = arguments.get("tokenizer")
+    wanted, tokenizer = chosen(model, arguments, "stop_strings"), arguments.get("tokenizer")
     if wanted is None or tokenizer is None:
         return None
+    given = arguments.get("generation_config")
+    own = getattr(model.generation_config, "stop_strings", None)
     if "stop_strings" in arguments or given is None or own is not None:
         arguments["stop_strings"] = None
     if given is not None and given.stop_strings is not None:

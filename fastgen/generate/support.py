@@ -153,29 +153,30 @@ _FIELDS = {row.name: row for row in FIELDS}
 def check_call(model: Any, arguments: dict[str, Any]) -> None:
     """Raise TransformersLoop if something that was asked for is not the engine's to do.
 
-    arguments: Those of the call by name, of **kwargs too, without those that are None.
+    arguments: What was passed, by name, those of **kwargs too.
     """
     for name, value in arguments.items():
-        if name not in _fields():
+        if name not in _fields() and value is not None:
             _check(_ARGUMENTS.get(name), name, value)
-    given = arguments.get("generation_config")
-
-    def chosen(name: str) -> Any:
-        """A field's value: the first that is set wins, as transformers merges them."""
-        configs = (given, model.generation_config)
-        values = (arguments.get(name), *(getattr(config, name, None) for config in configs))
-        return next((value for value in values if value is not None), None)
-
     for name in _fields():
-        if (value := chosen(name)) is not None:
+        if (value := chosen(model, arguments, name)) is not None:
             _check(_FIELDS.get(name), name, value)
-    _check_beams(model, chosen("num_beams"), arguments)
+    _check_beams(model, chosen(model, arguments, "num_beams"), arguments)
     if torch.is_autocast_enabled(model.device.type):
         raise TransformersLoop("autocast is on")
     if _get_current_dispatch_mode() is not None:
         raise TransformersLoop("a torch dispatch mode is active")
     if dropout := _active_dropout(model):
         raise TransformersLoop(f"the model is in training mode with dropout ({dropout})")
+
+
+def chosen(model: Any, arguments: dict[str, Any], name: str) -> Any:
+    """A field's value, as transformers merges them: an argument, even None, or what is set."""
+    if name in arguments:
+        return arguments[name]
+    configs = arguments.get("generation_config"), model.generation_config
+    values = (getattr(config, name, None) for config in configs)
+    return next((value for value in values if value is not None), None)
 
 
 def _check_beams(model: Any, num_beams: Any, arguments: dict[str, Any]) -> None:
@@ -185,7 +186,7 @@ def _check_beams(model: Any, num_beams: Any, arguments: dict[str, Any]) -> None:
         return
     if type(num_beams) is not int or num_beams < 1:
         raise TransformersLoop(f"num_beams={num_beams!r}")
-    if "streamer" in arguments:
+    if arguments.get("streamer") is not None:
         raise TransformersLoop("a streamer with beams")
     own = type(model)._beam_search is not GenerationMixin._beam_search  # pyright: ignore
     if own or hasattr(model, "_reorder_cache"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from typing import Any
 
 import pytest
@@ -265,8 +266,11 @@ NOISE = 1e-4  # of two fp32 forwards of these models, whose logits go up to 30
     ],
     ids=["default", "no-prefix-cache", "chunks-of-7", "tiny-pool"],
 )
-def test_forked_rows_beside_other_requests(make_engine, expected, fields):
+def test_forked_rows_beside_other_requests(make_engine, expected, fields, monkeypatch):
     rows, tokens = expected
+    # Slow steps: the others must not be done before the forked rows have grown.
+    run = Runner.run
+    monkeypatch.setattr(Runner, "run", lambda *args: time.sleep(0.02) or run(*args))
     engine = make_engine(**fields, poisoned=True)
     others = [engine.submit(row, greedy(40)) for row in rows[2:]]
     assert within(Driver(core_of(engine), [rows[0], rows[2]], 4, 20).run) < NOISE

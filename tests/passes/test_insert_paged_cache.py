@@ -338,7 +338,7 @@ def test_chunks_and_slopes_are_carried_over():
     module, x = Biased(), torch.randn(20, 16)
     before, after, _ = paged(module)
     (layer,) = cache_spec(after).layers
-    assert (layer.chunk, layer.alibi, layer.counts_places) == (6, True, True)
+    assert (layer.chunk, layer.alibi, layer.counts_places(20)) == (6, True, True)
     choose_kernels(lowered := after.copy())
     assert all(node.target is not PAGED for node in lowered.graph.nodes)
     cache = Cache(cache_spec(after), 20, block_size=4)
@@ -348,7 +348,7 @@ def test_chunks_and_slopes_are_carried_over():
 
 def test_layers_without_either_count_no_places():
     _, after, _ = paged(Stack())
-    assert [layer.counts_places for layer in cache_spec(after).layers] == [False, True, True]
+    assert [layer.counts_places(20) for layer in cache_spec(after).layers] == [False, True, True]
     assert not any(layer.chunk or layer.alibi for layer in cache_spec(after).layers)
 
 

@@ -1,4 +1,4 @@
-"""Models that take no position_ids and number the columns of a call, and heads without a choice."""
+"""What models do each in their way: number tokens, choose rows, drop what attention is told."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import pytest
 import torch
 from every_model.building import tiny_model
 from tiny_models import NativeTokens, left_padded, prompts
+from tiny_models import tiny_model as family_model
+from transformers import AttentionInterface
 
 import fastgen
-from fastgen import capture as capturing
-from fastgen.capture import capture
+from fastgen.capture import attention, capture, capturing
+from fastgen.capture.places import _COUNTING
 from fastgen.errors import UnsupportedModelError
 from fastgen.generate.rows import columns
 
@@ -28,7 +30,7 @@ def bart():
 def test_positions_take_the_place_of_counting(bart):
     """Also a mask that nothing reads, that of an encoder which is not there, is no obstacle."""
     captured = capture(bart)
-    assert not nodes(captured, *capturing._COUNTING)
+    assert not nodes(captured, *_COUNTING)
     (positions,) = [
         node for node in captured.placeholders() if captured.inputs[node.name].target == "positions"
     ]
@@ -36,7 +38,7 @@ def test_positions_take_the_place_of_counting(bart):
 
 
 def test_counting_that_stays_is_refused(bart, monkeypatch):
-    monkeypatch.setattr(capturing, "_number_by_positions", lambda captured: None)
+    monkeypatch.setattr(capturing, "number_by_position", lambda captured, every_count: None)
     with pytest.raises(UnsupportedModelError, match="does not keep sequences apart"):
         capture(bart)
 
@@ -77,11 +79,10 @@ def test_flags_of_eager_attention_are_not_read():
 
 
 def test_columns_begin_with_the_first_visible_token():
-    ids = torch.zeros(3, 4, dtype=torch.long)
-    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [1, 0, 1, 0]])
-    expected = [[-2, -1, 0, 1], [0, 1, 2, 3], [0, 1, 2, 3]]
-    assert columns(ids, mask).tolist() == expected
-    assert columns(ids, None).tolist() == [[0, 1, 2, 3]] * 3
+    ids = torch.zeros(2, 4, dtype=torch.long)
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    assert columns(ids, mask).tolist() == [[-2, -1, 0, 1], [0, 1, 2, 3]]
+    assert columns(ids, None).tolist() == [[0, 1, 2, 3]] * 2
 
 
 def test_rows_of_a_padded_batch_are_as_if_alone(bart):
@@ -107,3 +108,45 @@ def test_a_hole_in_a_row_is_transformers(bart):
     out = fast.generate(torch.tensor([row]), **given)
     assert dict(fastgen.api.require(fast).fallbacks) == {"positions do not count a row's tokens": 1}
     assert out.tolist() == bart.generate(torch.tensor([row]), **given).tolist()
+
+
+# What transformers' own attention does not look at.
+
+
+def sdpa_that_drops(module, query, key, value, attention_mask, **kwargs):
+    return query, None
+
+
+def sdpa_that_objects(module, query, key, value, attention_mask, **kwargs):
+    raise ValueError("sdpa cannot do that")
+
+
+def sdpa_that_knows(module, query, key, value, attention_mask, softcap=None, s_aux=None):
+    return query, None
+
+
+@pytest.mark.parametrize(
+    ("sdpa", "own", "lost"),
+    [
+        (sdpa_that_drops, "sdpa", {"softcap", "s_aux"}),
+        (sdpa_that_objects, "sdpa", set()),
+        (sdpa_that_knows, "sdpa", set()),
+        (sdpa_that_drops, "eager", set()),
+    ],
+    ids=["drops", "objects", "knows", "eager"],
+)
+def test_what_sdpa_drops_is_found_by_trying(monkeypatch, sdpa, own, lost):
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", sdpa)
+    assert attention._lost_arguments(own) == lost
+
+
+def test_soft_capping_that_is_looked_at_stays():
+    captured = capture(family_model("gemma2"))
+    attentions = nodes(captured, torch.ops.fastgen.attention.default)
+    assert [node.args[6] for node in attentions] == [1.5] * 2
+
+
+def test_dropping_what_the_model_looks_at_would_be_seen(monkeypatch):
+    monkeypatch.setattr(attention, "_lost_arguments", lambda own: frozenset({"softcap"}))
+    with pytest.raises(UnsupportedModelError, match="computes other logits"):
+        capture(family_model("gemma2"))

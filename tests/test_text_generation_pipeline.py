@@ -18,6 +18,7 @@ from transformers import (
 )
 
 import fastgen
+import fastgen.graphs
 from fastgen.graph_key import graph_key
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo_model"
@@ -35,7 +36,7 @@ def pair():
     plain = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()
     fast = copy.deepcopy(plain)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fastgen.api, "graph_key", graph_key)
+        patch.setattr(fastgen.graphs, "graph_key", graph_key)
         fastgen.optimize(fast)
     return plain, fast
 
