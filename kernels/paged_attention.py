@@ -22,7 +22,7 @@ from .attention import (
 )
 from .registry import CallSite, register
 
-_PAGED_ATTENTION = cpu.Kernel("paged_attention", "piipiipiippiiiiipipiippiididppbb", "b")
+_PAGED_ATTENTION = cpu.Kernel("paged_attention", "piipiipiippiiiiipipiippiididipppbb", "b")
 
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -324,6 +324,8 @@ def paged_attention_cpu(
         window,
         softcap,
         sinks,
+        chunk,
+        alibi_slopes,
         True,
     )
 
@@ -361,6 +363,8 @@ def paged_attention_cpu_in_order(
         window,
         softcap,
         sinks,
+        chunk,
+        alibi_slopes,
         False,
     )
 
@@ -379,6 +383,8 @@ def _attend_cpu(
     window,
     softcap,
     sinks,
+    chunk,
+    alibi_slopes,
     splits,
 ):
     query, key, value = (
@@ -387,7 +393,10 @@ def _attend_cpu(
     num_blocks, num_kv_heads, block_size, head_dim = key_cache.shape
     num_tokens, num_heads, _ = query.shape
     v_head_dim = value_cache.shape[3]
-    sinks = None if sinks is None else sinks.float().contiguous()
+    sinks, slopes = (
+        None if per_head is None else per_head.float().contiguous()
+        for per_head in (sinks, alibi_slopes)
+    )
     output = query.new_empty((num_tokens, num_heads, v_head_dim))
     error = _PAGED_ATTENTION[query.dtype](
         query.data_ptr(),
@@ -418,6 +427,8 @@ def _attend_cpu(
         scale,
         window,
         softcap,
+        chunk,
+        None if slopes is None else slopes.data_ptr(),
         None if sinks is None else sinks.data_ptr(),
         output.data_ptr(),
         cpu.num_threads(),
@@ -444,8 +455,6 @@ def _has_several_dtypes(call: CallSite) -> bool:
 
 
 def cpu_refuses(call: CallSite) -> str | None:
-    if (why := refuses_chunk_or_alibi(call)) is not None:
-        return why
     if _has_several_dtypes(call):
         return "query, key, value and cache are of several dtypes"
     if call.args["key_cache"].shape[2] % 16:

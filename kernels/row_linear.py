@@ -38,19 +38,19 @@ def _groups(offsets: torch.Tensor) -> list[slice]:
 @cpu.recordable
 def row_linear_cpu(input, weight, bias):
     output = input.new_empty((*input.shape[:-1], weight.shape[0]))
-    _multiply(input, weight, bias, output)
+    multiply_rows(input, weight, bias, output)
     return output
 
 
 def row_grouped_linear_cpu(input, weight, offsets):
     output = input.new_zeros((input.shape[0], weight.shape[2]))  # rows of no expert stay zero
     for expert, rows in enumerate(_groups(offsets)):
-        _multiply(input[rows], weight[expert].t(), None, output[rows])
+        multiply_rows(input[rows], weight[expert].t(), None, output[rows])
     return output
 
 
-def _multiply(input, weight, bias, output):
-    """output[..., n] = the sum over k of input[..., k] * weight[n, k], by C++."""
+def multiply_rows(input, weight, bias, output):
+    """output[..., n] = the sum over k of input[..., k] * weight[n, k], by C++; contiguous."""
     *leading, width = input.shape
     if input.dim() != 2 or input.stride(1) != 1:
         input = input.contiguous()

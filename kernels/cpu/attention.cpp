@@ -114,15 +114,13 @@ Error Plan::make(const Step& step, const Batch& batch, int64_t num_threads, bool
       const int64_t tokens = std::min(tile, count - token);
       const int64_t position = length - count + token;
       const int64_t last = std::max<int64_t>(0, position + tokens);
-      const int64_t first =
-          step.window ? std::min(last, std::max<int64_t>(0, position - step.window + 1)) : 0;
+      const int64_t first = std::min(last, first_seen(step, position));
       works.push_back({s, start + token, tokens, position, first, last, 0, 1, 0});
       most_rows = std::max(most_rows, tokens * step.group);
       total += cost(works.back());
     }
     const int32_t* blocks = batch.table + s * batch.table_stride;
-    const int64_t seen =
-        step.window ? std::max<int64_t>(0, length - count - step.window + 1) : 0;
+    const int64_t seen = first_seen(step, length - count);
     for (int64_t block = seen / step.block_size; block * step.block_size < length; ++block)
       if (blocks[block] < 0 || blocks[block] >= step.num_blocks) return kNoSuchBlock;
   }
@@ -305,11 +303,12 @@ Error run(const Step& step, const Batch& batch, const New& key, const New& value
       int64_t v_width, const int64_t* slots, int64_t num_tokens, const int32_t* table,            \
       int64_t table_stride, int64_t table_width, const int32_t* starts, const int32_t* lengths,   \
       int64_t num_sequences, int64_t group, double scale, int64_t window, double softcap,         \
-      const float* sinks, T* output, int num_threads, bool splits) {                              \
+      int64_t chunk, const float* slopes, const float* sinks, T* output, int num_threads,         \
+      bool splits) {                                                                              \
     const attention::Step step{query,      query_token_stride, query_head_stride, key_cache,      \
                                value_cache, num_blocks,         num_kv_heads,      block_size,    \
                                width,       v_width,            group,             float(scale),  \
-                               float(softcap), window};                                           \
+                               float(softcap), window, chunk, slopes};                            \
     const attention::Batch batch{num_tokens,   num_sequences, slots,  table,                      \
                                  table_stride, table_width,   starts, lengths};                   \
     return attention::run<T>(step, batch, {key, key_token_stride, key_head_stride},               \

@@ -114,7 +114,7 @@ def test_packed_linears(gated, level):
     assert_rows_are_alike(lambda x: linear(x, *own), rows)
 
 
-def attend(function, query, key, value, chunks, beside=0, window=0, softcap=0.0, sinks=None):
+def attend(function, query, key, value, chunks, beside=0, **settings):
     """Attention of one sequence that comes in these chunks, with one-token sequences beside it."""
     num_blocks = 1 + -(-len(query) // 16) + beside
     caches = [torch.full((num_blocks, key.shape[1], 16, part.shape[2]), float("nan")).to(key.dtype)
@@ -138,9 +138,7 @@ def attend(function, query, key, value, chunks, beside=0, window=0, softcap=0.0,
             starts,
             lengths,
             query.shape[2] ** -0.5,
-            window,
-            softcap,
-            sinks,
+            **{"window": 0, "softcap": 0.0, "sinks": None, **settings},
         )
         outputs.append(made[:chunk])
         start += chunk
@@ -150,8 +148,30 @@ def attend(function, query, key, value, chunks, beside=0, window=0, softcap=0.0,
 LENGTH = 600  # three stretches of slots
 
 
+# Chunks of a prompt that comes in these, and how many single tokens are beside it.
+WAYS = (
+    ([LENGTH], 5),
+    ([300, 300], 0),
+    ([599, 1], 0),
+    ([1] * 90 + [510], 0),
+    ([77, 1, 1, 200, 3, 1, 300, 17], 31),
+)
+
+
 @pytest.mark.parametrize(
-    "kind", [{}, {"window": 70}, {"window": 300, "softcap": 5.0}, {"sinks": True}], ids=str
+    "kind",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"window": 70}, id="window"),
+        pytest.param({"window": 300, "softcap": 5.0}, id="window-softcap"),
+        pytest.param({"sinks": randn(6)}, id="sinks"),
+        pytest.param({"chunk": 70}, id="chunk"),
+        pytest.param({"alibi_slopes": 2.0 ** -torch.arange(1, 7)}, id="alibi"),
+        pytest.param(
+            {"chunk": 270, "window": 100, "alibi_slopes": 2.0 ** -torch.arange(1, 7)},
+            id="chunk-window-alibi",
+        ),
+    ],
 )
 @LEVELS
 @DTYPES
@@ -160,18 +180,36 @@ def test_attention(dtype, level, kind):
     function = invariant("fastgen::paged_attention")
     query = randn(LENGTH, 6, 40, dtype=dtype)
     key, value = randn(LENGTH, 2, 40, dtype=dtype, seed=1), randn(LENGTH, 2, 24, dtype=dtype)
-    kind = {**kind, **({"sinks": randn(6)} if "sinks" in kind else {})}
     whole = attend(function, query, key, value, [LENGTH], **kind)
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        for chunks, beside in (
-            ([LENGTH], 5),
-            ([300, 300], 0),
-            ([599, 1], 0),
-            ([1] * 90 + [510], 0),
-            ([77, 1, 1, 200, 3, 1, 300, 17], 31),
-        ):
+        for chunks, beside in WAYS:
             made = attend(function, query, key, value, chunks, beside, **kind)
+            assert torch.equal(made, whole), (threads, chunks[:3], beside)
+
+
+@pytest.mark.parametrize("heads", [1, 7, 40])
+@LEVELS
+@DTYPES
+def test_latent_attention(dtype, level, heads):
+    """40 heads share the latents of a token, more rows than are multiplied at a time."""
+    force(level)
+    rank, rope, nope, v_width = 24, 8, 12, 10
+    weight = randn(heads * (nope + v_width), rank, dtype=dtype) * 0.3
+    query = randn(LENGTH, heads, nope + rope, dtype=dtype)
+    latents = randn(LENGTH, 1, rank + rope, dtype=dtype, seed=1)
+    function = invariant("fastgen::paged_latent_attention")
+
+    def latent_attention(query, latents, _, cache, _cache, *batch, window, **others):
+        latent, k_rope = latents[:, 0].split([rank, rope], dim=-1)
+        return function(query, latent, k_rope, weight, cache, *batch, window)
+
+    given = query, latents, latents
+    whole = attend(latent_attention, *given, [LENGTH])
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for chunks, beside in WAYS:
+            made = attend(latent_attention, *given, chunks, beside)
             assert torch.equal(made, whole), (threads, chunks[:3], beside)
 
 
