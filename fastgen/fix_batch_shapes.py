@@ -13,7 +13,7 @@ Each operation is one of these, or the model is refused by the name of the opera
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import fx
 
 from . import kernels
 from .errors import UnsupportedModelError
-from .passes import CapturedGraph
+from .passes import CapturedGraph, InputSpec
 
 aten = torch.ops.aten
 _ROW_LINEAR = torch.ops.fastgen.row_linear.default
@@ -29,21 +29,21 @@ _ROW_GROUPED_LINEAR = torch.ops.fastgen.row_grouped_linear.default
 
 # By name, whatever the overload; `_` at the end is the same op in place.
 _MOVES = (
-    "alias", "arange", "cat", "chunk", "clone", "constant_pad_nd", "contiguous", "copy",
-    "detach", "dropout", "embedding", "empty", "empty_like", "expand", "expand_as", "flatten",
-    "flip", "full", "full_like", "gather", "index", "index_put", "index_select",
-    "lift_fresh_copy", "masked_fill", "narrow", "new_empty", "new_full", "new_ones",
-    "new_zeros", "ones", "ones_like", "pad", "permute", "repeat", "reshape", "roll", "select",
-    "slice", "split", "split_with_sizes", "squeeze", "stack", "t", "to", "_to_copy",
+    "alias", "arange", "as_strided", "broadcast_to", "cat", "chunk", "clone", "constant_pad_nd",
+    "contiguous", "copy", "detach", "dropout", "embedding", "empty", "empty_like", "expand",
+    "expand_as", "flatten", "flip", "full", "full_like", "gather", "index", "index_put",
+    "index_select", "lift_fresh_copy", "masked_fill", "narrow", "new_empty", "new_full",
+    "new_ones", "new_zeros", "ones", "ones_like", "pad", "permute", "repeat", "reshape", "roll",
+    "select", "slice", "split", "split_with_sizes", "squeeze", "stack", "t", "to", "_to_copy",
     "transpose", "tril", "triu", "type_as", "unbind", "unflatten", "unsqueeze", "view",
-    "view_as", "where", "zeros", "zeros_like",
+    "view_as", "view_as_complex", "view_as_real", "where", "zeros", "zeros_like",
 )  # fmt: skip
 # IEEE arithmetic with one rounding, comparisons, and choices among numbers. histc counts.
 _ROUNDED_ONCE = (
     "abs", "add", "amax", "amin", "argmax", "argmin", "argsort", "clamp", "clamp_max",
     "clamp_min", "div", "eq", "ge", "gt", "histc", "isfinite", "isinf", "isnan", "le",
     "logical_and", "logical_not", "logical_or", "lt", "max", "maximum", "min", "minimum", "mul",
-    "ne", "neg", "relu", "rsub", "sort", "sub", "topk",
+    "multiply", "ne", "neg", "relu", "rsub", "sort", "sub", "topk",
 )  # fmt: skip
 _EXACT = frozenset(_MOVES + _ROUNDED_ONCE)
 # Of them what chooses among the numbers of a dimension, and what takes the last if none is named.
@@ -52,7 +52,7 @@ _CHOICES_OF_THE_LAST = ("argsort", "sort", "topk")
 # Known to treat rows apart, besides all pointwise ops: reductions and products of each.
 _OF_ROWS = (
     "addmm", "baddbmm", "bmm", "cumsum", "layer_norm", "linalg_vector_norm", "linear",
-    "log_softmax", "logsumexp", "matmul", "mean", "mm", "prod", "rms_norm", "softmax",
+    "log_softmax", "logsumexp", "matmul", "mean", "mm", "polar", "prod", "rms_norm", "softmax",
     "_softmax", "std", "sum", "var",
 )  # fmt: skip
 _FASTGEN_OF_ROWS = (
@@ -151,6 +151,32 @@ def fix_batch_shapes(graph: CapturedGraph) -> dict[str, int]:
     return by_row
 
 
+def computations(graph: fx.Graph, inputs: Mapping[str, InputSpec]) -> list[tuple[Any, ...]]:
+    """What a lowered graph computes besides moving numbers, in order: code, settings and weights.
+
+    Two graphs of one model for which it is the same give a token the same bits.
+    """
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    specs = dict(zip(placeholders, inputs.values(), strict=True))
+
+    def described(node: fx.Node) -> Any:
+        spec = specs.get(node)
+        return spec if spec is not None and spec.kind != "batch" else "a value"
+
+    return [
+        (_code(node), *fx.map_arg((node.args, node.kwargs), described))
+        for node in graph.nodes
+        if node.op == "call_function"
+        and _tensors(node.meta["val"])
+        and _op(node).removeprefix("aten::").removesuffix("_") not in ("getitem", *_MOVES)
+    ]
+
+
+def _code(node: fx.Node) -> str:
+    kernel = node.meta.get("kernel")
+    return f"{kernel.op} by {kernel.name}" if kernel is not None else _op(node)
+
+
 def _op(node: fx.Node) -> str:
     """ "aten::cos", "fastgen::rope", or the name of a Python function."""
     schema = getattr(node.target, "_schema", None)
@@ -183,11 +209,14 @@ def _is_exact(node: fx.Node) -> bool:
         return op in ("aten::sym_size", "aten::sym_stride") or "assert" in op or not given
     if op.startswith("fastgen::"):
         return False
-    if not any(tensor.is_floating_point() for tensor in given + made):
+    is_complex = any(tensor.is_complex() for tensor in given + made)
+    if not is_complex and not any(tensor.is_floating_point() for tensor in given + made):
         return True
     if not any(_varying(tensor) for tensor in given):
         return True
     name = op.removeprefix("aten::").removesuffix("_")
+    if is_complex and name not in _MOVES:  # whose products are sums
+        return False
     if name in ("add", "sub", "rsub"):  # a factor's product may or may not be rounded before
         return _argument(node, "alpha") in (None, 1)
     if name == "index_put":  # what falls on one place is added in any order
@@ -200,8 +229,9 @@ def _is_exact(node: fx.Node) -> bool:
         return not _argument(node, "train")
     if name == "repeat_interleave":  # each as often as the next
         return isinstance(_argument(node, "repeats"), int)
-    if name == "scatter":  # one number everywhere; of several it is open which comes last
-        return _argument(node, "value") is not None and _argument(node, "reduce") is None
+    if name == "scatter":  # of several numbers for one place it is open which comes last
+        one = _argument(node, "value") is not None or _scatters_to_different_places(node)
+        return one and _argument(node, "reduce") is None
     return op.startswith("aten::") and name in _EXACT
 
 
@@ -217,6 +247,19 @@ def _works_across_rows(node: fx.Node, name: str) -> bool:
     return not dims or any(d is None or d % value.dim() in _varying(value) for d in dims)
 
 
+def _scatters_to_different_places(node: fx.Node) -> bool:
+    """Whether the places are those of a row's largest numbers, each within its row."""
+    index: Any = _argument(node, "index")
+    if index.op != "call_function" or _op(index) != "getitem" or index.args[1] != 1:
+        return False
+    chosen, num_dims = index.args[0], index.meta["val"].dim()
+    if _op(chosen) not in ("aten::topk", "aten::sort"):
+        return False
+    dim = _argument(chosen, "dim")
+    dim = num_dims - 1 if dim is None else dim % num_dims
+    return dim == _argument(node, "dim") % num_dims and dim not in _varying(index.meta["val"])
+
+
 def _argument(node: fx.Node, name: str) -> Any:
     """An argument as it was given, or None."""
     names = [argument.name for argument in node.target._schema.arguments]  # pyright: ignore
@@ -229,7 +272,11 @@ def _argument(node: fx.Node, name: str) -> Any:
 def _became_row_linear(graph: fx.Graph, node: fx.Node) -> bool:
     """Put our op in the place of a product with a weight, if it can be."""
     op = _op(node)
-    names = {"aten::linear": ("input", "weight", "bias"), "aten::mm": ("self", "mat2", "")}
+    names = {
+        "aten::linear": ("input", "weight", "bias"),
+        "aten::mm": ("self", "mat2", ""),
+        "aten::matmul": ("self", "other", ""),
+    }
     if op in ("aten::_grouped_mm", "transformers::grouped_mm_fallback"):
         if node.kwargs or any(given is not None for given in node.args[3:]) or len(node.args) < 3:
             return False
@@ -244,17 +291,23 @@ def _became_row_linear(graph: fx.Graph, node: fx.Node) -> bool:
     else:
         return False
     weight, result = args[1].meta["val"], node.meta["val"]  # pyright: ignore
-    if _varying(weight) or not result.is_contiguous() or result.dtype != weight.dtype:
+    if weight.dim() != 2 + (target is _ROW_GROUPED_LINEAR) or _varying(weight):
         return False
+    if not result.is_contiguous() or result.dtype != weight.dtype:
+        return False
+    added: list[fx.Node] = []
     with graph.inserting_before(node):
-        if op in ("aten::addmm", "aten::mm"):
+        if op in ("aten::addmm", "aten::mm", "aten::matmul"):
             turned = graph.call_function(aten.t.default, (args[1],))
             turned.meta = {**node.meta, "val": weight.t()}
             args = (args[0], turned, args[2])
+            added.append(turned)
         linear = graph.call_function(target, args)
     linear.meta = dict(node.meta)
+    added.append(linear)
     if (why := _without_kernel(linear)) is not None:
-        graph.erase_node(linear)
+        for unused in reversed(added):
+            graph.erase_node(unused)
         if op.startswith("transformers::") or op == "aten::_grouped_mm":
             raise UnsupportedModelError(
                 f"deterministic=True: {op} has no batch-invariant kernel ({why})"

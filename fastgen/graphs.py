@@ -23,6 +23,7 @@ from .compiled import CompiledForward, rewrite
 from .config import Config
 from .engine.kv_cache import free_memory_bytes
 from .errors import UnsupportedModelError
+from .fix_batch_shapes import computations
 from .graph_key import NotCacheableError, graph_key
 from .kernels.cpu import MissingLibraryError, why_missing
 from .kernels.cpu.build import cache_dir
@@ -114,15 +115,15 @@ class GraphMaker:
 
         Raises: UnsupportedModelError if the model has none, or one that needs more than that.
         """
-        if self.config.deterministic:
-            raise UnsupportedModelError(
-                "deterministic=True: requests beside it would run through another graph, in which "
-                "other operations may be fused"
-            )
         graph, report, _ = self._rewritten(model, variant, graphs.pack_budget_bytes, {})
         forward = CompiledForward(graph, report, self.config.codegen)
         if (why := _difference(graphs.compiled, forward)) is not None:
             raise UnsupportedModelError(f"with {variant} {why}")
+        if self.config.deterministic and not _computes_the_same(graphs.compiled, forward):
+            raise UnsupportedModelError(
+                f"deterministic=True: the graph with {variant} computes otherwise, and requests "
+                "beside such ones would run through it"
+            )
         forward.bind(graphs.compiled.weights)
         return forward
 
@@ -227,6 +228,14 @@ def _difference(plain: CompiledForward, variant: CompiledForward) -> str | None:
             f"{_readers_of_ids(plain)}: the model does more with them than embed them"
         )
     return None
+
+
+def _computes_the_same(plain: CompiledForward, variant: CompiledForward) -> bool:
+    """Whether they give a token the same bits."""
+    first, second = (
+        computations(forward.lowered.graph, forward.inputs) for forward in (plain, variant)
+    )
+    return first == second
 
 
 def _readers_of_ids(forward: CompiledForward) -> list[str]:
