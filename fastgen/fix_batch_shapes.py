@@ -125,22 +125,15 @@ def fix_batch_shapes(graph: CapturedGraph) -> dict[str, int]:
     by_row: dict[str, int] = {}
     refused: dict[str, str] = {}
     for node in list(graph.graph.nodes):
-        if node.op != "call_function" or _is_exact(node) or _became_row_linear(graph.graph, node):
+        if node.op != "call_function" or _is_exact(node):
             continue
         op = _op(node)
-        if op.startswith("fastgen::"):
-            why = _without_kernel(node)
-            if why is None:
-                continue
-            if op not in _FASTGEN_OF_ROWS:
-                refused[op] = why
-                continue
         try:
-            node.target = _by_row(node)
+            if not _has_kernel(node) and not _became_row_linear(graph.graph, node):
+                node.target = _by_row(node)
+                by_row[op] = by_row.get(op, 0) + 1
         except ValueError as error:
             refused[op] = str(error)
-            continue
-        by_row[op] = by_row.get(op, 0) + 1
     if refused:
         reasons = "; ".join(f"{op}: {why}" for op, why in refused.items())
         raise UnsupportedModelError(
@@ -270,7 +263,10 @@ def _argument(node: fx.Node, name: str) -> Any:
 
 
 def _became_row_linear(graph: fx.Graph, node: fx.Node) -> bool:
-    """Put our op in the place of a product with a weight, if it can be."""
+    """Put our op in the place of a product with a weight, if it can be.
+
+    Raises: ValueError if it has no kernel where nothing else will do.
+    """
     op = _op(node)
     names = {
         "aten::linear": ("input", "weight", "bias"),
@@ -309,13 +305,25 @@ def _became_row_linear(graph: fx.Graph, node: fx.Node) -> bool:
         for unused in reversed(added):
             graph.erase_node(unused)
         if op.startswith("transformers::") or op == "aten::_grouped_mm":
-            raise UnsupportedModelError(
-                f"deterministic=True: {op} has no batch-invariant kernel ({why})"
-            )
+            raise ValueError(why)
         return False
     node.replace_all_uses_with(linear)
     graph.erase_node(node)
     return True
+
+
+def _has_kernel(node: fx.Node) -> bool:
+    """Whether a fastgen op is batch invariant as it is.
+
+    Raises: ValueError with the reason if it is not, and does not work on rows either.
+    """
+    op = _op(node)
+    if not op.startswith("fastgen::"):
+        return False
+    why = _without_kernel(node)
+    if why is not None and op not in _FASTGEN_OF_ROWS:
+        raise ValueError(why)
+    return why is None
 
 
 def _without_kernel(node: fx.Node) -> str | None:

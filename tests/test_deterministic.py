@@ -11,10 +11,15 @@ import torch
 from fastgen.kernels import Implementation, registry
 from fastgen.kernels.cpu import why_missing
 from fastgen.kernels.row_linear import row_linear_reference
-from tiny_models import NativeTokens, left_padded, prompts, tiny_model
+from layer_models import MODELS as LAYER_MODELS
+from layer_models import layer_model
+from test_own_attention import MODELS as OWN_ATTENTION
+from test_own_attention import build
+from tiny_models import FAMILIES, NativeTokens, left_padded, prompts, tiny_model
+from variant_helpers import Beside
 
 import fastgen
-from fastgen import Config, SamplingParams, UnsupportedModelError, fix_batch_shapes
+from fastgen import Config, SamplingParams, UnsupportedModelError, fix_batch_shapes, graphs
 from fastgen.engine.runner import Runner
 from fastgen.graphs import check_deterministic
 
@@ -22,7 +27,6 @@ needs_kernels = pytest.mark.skipif(why_missing() is not None, reason=str(why_mis
 pytestmark = [needs_kernels, pytest.mark.usefixtures("graphs_of_the_session")]
 
 F32, BF16 = torch.float32, torch.bfloat16
-FAMILIES = ("llama", "qwen2", "gemma2", "gpt_oss", "mixtral")
 # One longer than the 256 slots that attention sums at a time.
 LENGTHS = (1, 2, 5, 16, 17, 33, 70, 290)
 
@@ -45,12 +49,18 @@ class Ledger:
         """Rows are in the order of the step: decodes, then items."""
         rows = iter(logits)
         for request, length in zip(output.decodes.requests, output.decodes.seq_lens, strict=True):
-            self.note(tuple(request.token_ids(0, int(length))), next(rows))
+            self.note(behind(request, int(length)), next(rows))
         for item in output.items:
             end = item.start if item.query else item.start + item.num_tokens
             for last in range(end - item.num_logits + 1, end + 1):
-                self.note(tuple(item.request.token_ids(0, last)), next(rows))
+                self.note(behind(item.request, last), next(rows))
         assert next(rows, None) is None
+
+
+def behind(request, end: int) -> tuple[int, ...]:
+    """What logits stand behind: tokens, which say nothing of prompts that are embeddings."""
+    which = () if request.prompt_embeds is None else (request.request_id,)
+    return (*request.token_ids(0, end), *which)
 
 
 @pytest.fixture
@@ -66,9 +76,9 @@ def ledger(monkeypatch):
     return ledger
 
 
-def requests(seed: int = 0) -> list[tuple[list[int], SamplingParams]]:
+def requests(seed: int = 0, longest: int = max(LENGTHS)) -> list[tuple[list[int], SamplingParams]]:
     """Greedy and sampled ones; two with a common prefix, one whose whole prompt is scored."""
-    rows = prompts(*LENGTHS, seed=seed)
+    rows = prompts(*(min(length, longest) for length in LENGTHS), seed=seed)
     rows.append(rows[5][:20] + rows[4])
     ways = [{"temperature": 0.0}, {"temperature": 0.9, "top_p": 0.9}]
     params = [
@@ -109,22 +119,31 @@ def run_in_many_ways(model, work, ledger, **fields) -> None:
     assert run.metrics.prefix_cache_hit_tokens
 
 
-QUICK = {("llama", F32), ("qwen2", BF16), ("gpt_oss", F32), ("mixtral", BF16)}
+MODELS = {
+    **dict.fromkeys(FAMILIES, tiny_model),
+    **dict.fromkeys(LAYER_MODELS, layer_model),
+    **dict.fromkeys(OWN_ATTENTION, build),
+}
+# Of what the others are made of: experts, sinks, windows, latents, slopes.
+QUICK = {("llama", F32), ("gpt_oss", BF16), ("deepseek_v2", BF16), ("bloom-6-heads", F32)}
 CASES = [
     pytest.param(
-        family,
+        name,
         dtype,
-        id=f"{family}-{'fp32' if dtype is F32 else 'bf16'}",
-        marks=() if (family, dtype) in QUICK else pytest.mark.slow,
+        id=f"{name}-{'fp32' if dtype is F32 else 'bf16'}",
+        marks=() if (name, dtype) in QUICK else pytest.mark.slow,
     )
-    for family in FAMILIES
+    for name in MODELS
     for dtype in (F32, BF16)
 ]
 
 
-@pytest.mark.parametrize(("family", "dtype"), CASES)
-def test_logits_are_equal_whatever_runs_beside(family, dtype, ledger):
-    run_in_many_ways(tiny_model(family, dtype=dtype), requests(), ledger)
+@pytest.mark.parametrize(("name", "dtype"), CASES)
+def test_logits_are_equal_whatever_runs_beside(name, dtype, ledger):
+    """Slow for all models: `pytest tests/test_deterministic.py -m slow`."""
+    model = MODELS[name](name).to(dtype)
+    longest = 60 if name.endswith(("longrope", "dynamic")) else max(LENGTHS)
+    run_in_many_ways(model, requests(longest=longest), ledger)
     assert ledger.times_met_again > 400
     assert ledger.differences == 0
 
@@ -209,14 +228,46 @@ def test_rows_of_generate_are_equal_alone_and_together(dtype):
     fastgen.restore(model)
 
 
-def test_hidden_states_go_to_transformers_loop():
-    """A graph with them beside the other could fuse other operations."""
+def rows_of(outputs, row: int) -> list[torch.Tensor]:
+    """The logits of a row, and its hidden states if there are some."""
+    found = [step[row] for step in outputs.logits]
+    for step in outputs.hidden_states or ():
+        found += [layer[row] for layer in step]
+    return found
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+def test_hidden_states_and_embeddings_change_no_bit(dtype, ledger):
+    """They run through other graphs, and so does what runs beside them."""
+    model, ids = tiny_model("gemma2", dtype=dtype), torch.tensor(prompts(18, 18, 18))
+    keys = {"max_new_tokens": 6, "output_logits": True, "return_dict_in_generate": True}
+    fastgen.optimize(model, deterministic=True)
+    run_plain = model.generate(ids, **keys)
+    embedded = {"inputs_embeds": model.get_input_embeddings()(ids).detach()}
+    with NativeTokens(model), Beside(model, 30):
+        together = model.generate(ids, output_hidden_states=True, **keys)
+        from_embeds = model.generate(**embedded, output_hidden_states=True, **keys)
+        alone = [model.generate(row[None], output_hidden_states=True, **keys) for row in ids]
+    assert len(together.hidden_states) == 6
+    for row in range(3):
+        wanted = rows_of(together, row)
+        others = [rows_of(alone[row], 0), rows_of(from_embeds, row), rows_of(run_plain, row)]
+        assert [len(made) for made in others] == [len(wanted), len(wanted), 6]
+        for made in others:
+            assert all(torch.equal(*pair) for pair in zip(made, wanted, strict=False))
+    fastgen.restore(model)
+    assert ledger.times_met_again
+    assert ledger.differences == 0
+
+
+def test_a_graph_that_computes_otherwise_is_not_run_beside_the_plain_one(monkeypatch):
     model = tiny_model("llama")
+    monkeypatch.setattr(graphs, "computations", lambda *_: object())
     fastgen.optimize(model, deterministic=True)
     keys = {"output_hidden_states": True, "return_dict_in_generate": True, "max_new_tokens": 2}
     model.generate(torch.tensor(prompts(5)), **keys)
     (reason,) = fastgen.explain(model).fallbacks
-    assert "deterministic=True" in reason
+    assert "deterministic=True: the graph with hidden_states computes otherwise" in reason
     fastgen.restore(model)
 
 
@@ -257,17 +308,22 @@ def test_it_is_off_unless_asked_for_and_takes_a_bool():
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype", "why"),
-    [
-        ("deepseek_v3", F32, "fastgen::paged_latent_attention: cpu: its result depends on what"),
-        ("llama", torch.float16, "fastgen::paged_attention: .*cpu, in order: query is float16"),
-    ],
-    ids=["latent attention", "fp16"],
+    ("family", "op"),
+    [("llama", "fastgen::paged_attention"), ("deepseek_v3", "fastgen::paged_latent_attention")],
 )
-def test_models_for_which_it_cannot_be_promised_are_refused(family, dtype, why):
-    model = tiny_model(family, dtype=dtype)
-    with pytest.raises(UnsupportedModelError, match=f"deterministic=True needs .*{why}"):
+def test_fp16_is_refused_by_the_name_of_what_has_no_kernel(family, op):
+    model = tiny_model(family, dtype=torch.float16)
+    why = f"deterministic=True needs .*{op}: .*cpu, in order: query is float16"
+    with pytest.raises(UnsupportedModelError, match=why):
         fastgen.optimize(model, deterministic=True)
+
+
+def test_an_operation_for_which_nobody_vouches_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(fix_batch_shapes, "_OF_ROWS", ())
+    model = tiny_model("mixtral")
+    with pytest.raises(UnsupportedModelError, match="aten::softmax: it may mix rows"):
+        fastgen.optimize(model, deterministic=True)
+    assert fastgen.api.lookup(model) is None
 
 
 def test_other_devices_are_refused():
