@@ -16,6 +16,7 @@ from .. import Engine, SamplingParams, api
 from .machine import peak_rss_bytes, reset_peak_rss
 from .workloads import Workload
 
+DETERMINISTIC = "fastgen, deterministic"
 SLOW_PART = 8  # requests that the slowest peer runs of a workload; it is marked so
 
 
@@ -70,7 +71,7 @@ def run_fastgen(
     ttft = [output.metrics.ttft_ms for output in outputs if output.metrics.ttft_ms is not None]
     tpot = [output.metrics.tpot_ms for output in outputs if output.metrics.tpot_ms is not None]
     return Measurement(
-        "fastgen, deterministic" if deterministic else "fastgen",
+        DETERMINISTIC if deterministic else "fastgen",
         seconds,
         sum(len(output.token_ids) for output in outputs),
         statistics.mean(ttft),

@@ -20,7 +20,7 @@ import torch
 
 from .. import __version__
 from ..bench import peers, startup
-from ..bench.engines import Measurement, engines_for, measure
+from ..bench.engines import DETERMINISTIC, Measurement, engines_for, measure
 from ..bench.fresh import run_fresh
 from ..bench.machine import measure_machine
 from ..bench.parity import check_parity
@@ -250,6 +250,15 @@ def summarize(rounds: list[Measurement]) -> list[dict[str, Any]]:
     return rows
 
 
+def cost_of_determinism(rows: list[dict[str, Any]]) -> str | None:
+    """What deterministic=True costs, if it was measured."""
+    for row in rows:
+        if row["engine"] == DETERMINISTIC:
+            cost = row["fastgen_is_faster_by"] - 1
+            return f"deterministic=True takes {cost:.1%} more time per token"
+    return None
+
+
 def shares(model: Any, result: dict[str, Any]) -> dict[str, float]:
     """What share of the machine fastgen's run used: weights read per second, FLOP/s of linears."""
     fastgen, machine = result["engines"][0], result["machine"]
@@ -304,6 +313,8 @@ def show(result: dict[str, Any]) -> None:
     console.print(table)
     for peer in result["peers"]:
         console.print(peers.describe(peer))
+    if (cost := cost_of_determinism(result["engines"])) is not None:
+        console.print(cost)
     share = result["shares"]
     console.print(
         f"machine: reads {machine['read_gb_per_s']:.1f} GB/s, GEMM "
