@@ -10,6 +10,7 @@ import torch
 import transformers
 from capture_helpers import assert_untouched, photograph
 from conftest import poison
+from every_model.building import tiny_model as every_model_of
 from tiny_models import VOCAB, WINDOW, NativeTokens, greedy_alone, left_padded, tiny_model
 from torch import nn
 
@@ -302,3 +303,9 @@ def test_capture_compares_every_model_with_itself(monkeypatch):
     monkeypatch.setattr(sys.modules["fastgen.capture.capturing"], "check_mutations", wrong)
     with pytest.raises(UnsupportedModelError, match="computes other logits than LlamaForCausalLM"):
         capture(tiny_model("llama"))
+
+
+def test_an_image_tower_with_attention_of_its_own_is_left_alone():
+    """It forbids transformers to set the attention of the whole; the language model allows it."""
+    captured = capture(every_model_of("got_ocr2"))
+    assert len(attentions(captured)) == 2

@@ -187,16 +187,20 @@ def set_attention(clone: Any) -> bool:
 
     Returns: whether it calls fastgen's.
     """
-    own = clone.config.get_text_config()._attn_implementation
+    text_config = clone.config.get_text_config()
+    own = text_config._attn_implementation
     _lost.set(_lost_arguments(own))
     if own == "eager":  # which looks at masks, not at flags
         for module in clone.modules():
             if getattr(module, "is_causal", None) is False:
                 module.is_causal = True
-    if clone._can_set_attn_implementation():  # asked first: it would warn
-        clone.set_attn_implementation(ATTENTION_NAME)
-    if clone.config.get_text_config()._attn_implementation == ATTENTION_NAME:
-        return True
+    for part in clone.modules():  # itself, or its language model: an image tower may forbid all
+        is_text = getattr(part, "config", None) is text_config
+        if (part is clone or is_text) and hasattr(part, "set_attn_implementation"):
+            if part._can_set_attn_implementation():  # asked first: it would warn
+                part.set_attn_implementation(ATTENTION_NAME)
+            if text_config._attn_implementation == ATTENTION_NAME:
+                return True
     # No public way: set_attn_implementation leaves classes alone that write their attention. The
     # configurations are the copy's own.
     for module in clone.modules():
