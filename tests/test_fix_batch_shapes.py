@@ -59,6 +59,12 @@ EXACT = {
     "one number to many places": (
         lambda x, ids: x.scatter(1, ids[:, None], 7.0), ROWS, IDS,
     ),
+    "complex numbers are moved": (
+        lambda x: torch.view_as_real(torch.view_as_complex(x.view(-1, 3, 2))), ROWS,
+    ),
+    "to the places of the largest": (
+        lambda x: torch.zeros_like(x).scatter(1, x.topk(2).indices, x.topk(2).values), ROWS,
+    ),
     "nothing of the batch": (lambda ids, w: F.embedding(ids, w.exp().softmax(0)), IDS, WEIGHT),
 }  # fmt: skip
 
@@ -83,6 +89,8 @@ BY_ROW = {
     "layer_norm": (lambda x: F.layer_norm(x, (6,)), ROWS),
     "add": (lambda x, y: torch.add(x, y, alpha=3), ROWS, ROWS + 1),
     "bmm": (lambda x: torch.bmm(x, x.transpose(1, 2)), WIDE),
+    "polar": (lambda x, y: torch.polar(x, y), ROWS, ROWS + 1),
+    "mul": (lambda x, y: x * y, torch.complex(ROWS, ROWS + 1), torch.complex(ROWS, ROWS - 1)),
 }
 
 
@@ -114,6 +122,7 @@ LINEARS = {
     "linear": (F.linear, ROWS, WEIGHT, WEIGHT[:, 0]),
     "linear without bias": (F.linear, ROWS, WEIGHT),
     "mm": (torch.mm, ROWS, WEIGHT.t().contiguous()),
+    "matmul": (lambda x, w: x @ w.t(), WIDE[:, :, :3], WEIGHT[:, :3]),
     "addmm": (torch.addmm, WEIGHT[:, 0], ROWS, WEIGHT.t().contiguous()),
 }
 
@@ -136,6 +145,7 @@ REFUSED = {
     "aten::matmul": (lambda x: x @ x.t() @ x, ROWS),
     "aten::index_add": (lambda x, ids: WEIGHT.index_add(0, ids, x), ROWS, IDS),
     "aten::index_put": (lambda x, ids: x.index_put((ids,), x, accumulate=True), ROWS, IDS),
+    "aten::scatter": (lambda x, ids: x.scatter(1, ids[:, None] * 0, x), ROWS, IDS),
     "aten::sigmoid_": (lambda x: x.clone().sigmoid_(), ROWS),
     "aten::renorm": (lambda x: x.renorm(2, 0, 1.0), ROWS),
 }
