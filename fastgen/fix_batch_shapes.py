@@ -8,11 +8,13 @@ Each operation is one of these, or the model is refused by the name of the opera
     a fastgen op    runs in an implementation that says it is batch invariant
     by row          anything else that is known to work on rows runs once for each, always on the
                     same shape and layout: torch computes the last elements of a vector, or those
-                    where a thread's share ends, with other code than the rest
+                    where a thread's share ends, with other code than the rest. Where it does not,
+                    for rows of whole vectors and too few of them to be shared, some run at once
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -55,6 +57,10 @@ _OF_ROWS = (
     "log_softmax", "logsumexp", "matmul", "mean", "mm", "polar", "prod", "rms_norm", "softmax",
     "_softmax", "std", "sum", "var",
 )  # fmt: skip
+# Of them what torch computes by a loop over rows, each by the same code, along the last dimension.
+_LOOPS_OVER_ROWS = ("layer_norm", "mean", "softmax", "_softmax", "sum")
+# Elements that torch's loops take at once, at most, and fewer than which threads never share.
+_VECTOR, _SHARED = 64, 1 << 15
 _FASTGEN_OF_ROWS = (
     "fastgen::rms_norm",
     "fastgen::add_rms_norm",
@@ -66,12 +72,13 @@ _FASTGEN_OF_ROWS = (
 
 
 class ByRow:
-    """An op that runs once for each row of its arguments.
+    """An op that runs once for each row of its arguments, or for each few.
 
     Args:
         function: What runs. name: Of its op. rows: The dimension that counts rows, by the place of
             each argument that has one. results: The same of each result. order: How the dimensions
-            of the only result lie in memory, None: contiguous, as all of several.
+            of the only result lie in memory, None: contiguous, as all of several. at_once: How many
+            rows may run together.
     """
 
     def __init__(
@@ -81,9 +88,11 @@ class ByRow:
         rows: dict[int | str, int],
         results: Sequence[int],
         order: Sequence[int] | None,
+        at_once: int = 1,
     ) -> None:
         self.__name__ = f"{name.replace('::', '_')}_by_row"
         self._function, self._rows, self._results, self._order = function, rows, results, order
+        self.at_once = at_once
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         place, dim = next(iter(self._rows.items()))
@@ -93,10 +102,10 @@ class ByRow:
             return self._function(*args, **kwargs)
         made = [
             self._function(
-                *[self._row(place, value, row) for place, value in enumerate(args)],
-                **{name: self._row(name, value, row) for name, value in kwargs.items()},
+                *[self._part(place, value, row) for place, value in enumerate(args)],
+                **{name: self._part(name, value, row) for name, value in kwargs.items()},
             )
-            for row in range(count)
+            for row in range(0, count, self.at_once)
         ]
         if isinstance(made[0], tuple | list):
             columns = zip(*made, strict=True)
@@ -109,10 +118,11 @@ class ByRow:
         back = sorted(range(result.dim()), key=self._order.__getitem__)
         return result.permute(*self._order).contiguous().permute(*back)
 
-    def _row(self, place: int | str, value: Any, row: int) -> Any:
+    def _part(self, place: int | str, value: Any, row: int) -> Any:
         if place not in self._rows:
             return value
-        part = value.narrow(self._rows[place], row, 1)
+        dim = self._rows[place]
+        part = value.narrow(dim, row, min(self.at_once, value.shape[dim] - row))
         return part.clone(memory_format=torch.contiguous_format)  # the same layout and alignment
 
 
@@ -381,7 +391,33 @@ def _by_row(node: fx.Node) -> ByRow:
     run = target
     if op.startswith("fastgen::"):
         run = kernels.implementations(op)[-1].function  # the reference
-    return ByRow(run, op, rows, [dims[0] for dims in results], order)  # pyright: ignore
+    first_of_results = [dims[0] for dims in results]
+    return ByRow(run, op, rows, first_of_results, order, _at_once(node, rows))  # pyright: ignore
+
+
+def _at_once(node: fx.Node, rows: Mapping[int | str, int]) -> int:
+    """How many rows one call may take without any of them being computed by other code."""
+    op, made = _op(node), _tensors(node.meta["val"])
+    read = [argument.meta["val"] for argument in node.all_input_nodes]
+    shapes = {tuple(map(str, tensor.shape)) for tensor in read + made}
+    row_dim, value = rows.get(0), read[0]
+    if row_dim is None or not op.startswith("aten::"):
+        return 1
+    width = math.prod(size for dim, size in enumerate(value.shape) if dim != row_dim)
+    if torch.Tag.pointwise in node.target.tags:  # pyright: ignore
+        alike = len(shapes) == 1 and width % _VECTOR == 0
+    else:
+        alike = op.removeprefix("aten::") in _LOOPS_OVER_ROWS and _is_of_the_last(node, value.dim())
+    return max(1, (_SHARED - 1) // max(1, int(width))) if alike else 1
+
+
+def _is_of_the_last(node: fx.Node, num_dims: int) -> bool:
+    """Whether an op works along the last dimension alone."""
+    if _op(node) == "aten::layer_norm":
+        return len(_argument(node, "normalized_shape")) == 1
+    dim = _argument(node, "dim")
+    dims = dim if isinstance(dim, list | tuple) else [dim]
+    return [d is not None and d % num_dims for d in dims] == [num_dims - 1]
 
 
 def _check_dim(node: fx.Node, num_dims: int, row_dim: int) -> None:

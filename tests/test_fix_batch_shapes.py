@@ -174,3 +174,45 @@ def test_a_fastgen_op_without_a_kernel_runs_its_reference_by_row_or_is_refused()
 
     with pytest.raises(UnsupportedModelError, match=r"fastgen::attention: .*reference: its result"):
         fix_batch_shapes(graph_of(attend, ROWS))
+
+
+WIDTHS = (64, 896, 4864)
+AT_ONCE = {
+    "cos": (torch.cos, WIDTHS),
+    "gelu": (F.gelu, WIDTHS),
+    "gelu by tanh": (lambda x: F.gelu(x, approximate="tanh"), WIDTHS),
+    "pow": (lambda x: x.pow(3), WIDTHS),
+    "rsqrt": (lambda x: x.abs().rsqrt(), WIDTHS),
+    "sigmoid": (torch.sigmoid, WIDTHS),
+    "silu": (F.silu, WIDTHS),
+    "sin": (torch.sin, WIDTHS),
+    "tanh": (torch.tanh, WIDTHS),
+    "layer_norm": (lambda x: F.layer_norm(x, x.shape[-1:]), (33, 768)),
+    "mean": (lambda x: x.mean(-1, keepdim=True), (33, 768)),
+    "softmax": (lambda x: x.softmax(-1), (4, 33, 768)),
+    "sum": (lambda x: x.sum(-1), (4, 33, 768)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", AT_ONCE)
+def test_rows_that_run_at_once_are_as_alone(name, dtype):
+    function, widths = AT_ONCE[name]
+    for width in widths:
+        given = torch.randn(203, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+        graph = graph_of(function, given[:5])
+        fix_batch_shapes(graph)
+        (by_row,) = [target for target in targets(graph) if isinstance(target, ByRow)]
+        assert by_row.at_once == 32767 // width
+        (several,) = graph.module(given)
+        by_row.at_once = 1
+        assert torch.equal(several, *graph.module(given))
+        assert torch.equal(several[7:90], *graph.module(given[7:90]))
+
+
+def test_rows_whose_ends_are_computed_otherwise_run_one_by_one():
+    for function, *given in (BY_ROW["cos"], BY_ROW["add"], BY_ROW["sum"], BY_ROW["bmm"]):
+        graph = graph_of(function, *given)
+        fix_batch_shapes(graph)
+        (by_row,) = [target for target in targets(graph) if isinstance(target, ByRow)]
+        assert by_row.at_once == 1
