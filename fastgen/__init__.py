@@ -9,6 +9,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .api import explain, optimize, release_cache, restore, weights_changed
+    from .async_engine import AsyncEngine
     from .config import Config, SamplingParams
     from .errors import (
         CapacityError,
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
         FastgenError,
         InvalidRequestError,
         NotOptimizedError,
+        QueueFullError,
         ReleasedWeightsError,
         RequestFailedError,
         UnsupportedModelError,
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 # Where each public name lives; imported at first use, so that `import fastgen` costs nothing.
 _HOMES = {
     "api": ("explain", "optimize", "release_cache", "restore", "weights_changed"),
+    "async_engine": ("AsyncEngine",),
     "config": ("Config", "SamplingParams"),
     "errors": (
         "CapacityError",
@@ -43,6 +46,7 @@ _HOMES = {
         "FastgenError",
         "InvalidRequestError",
         "NotOptimizedError",
+        "QueueFullError",
         "ReleasedWeightsError",
         "RequestFailedError",
         "UnsupportedModelError",
@@ -71,6 +75,7 @@ __all__ = [  # noqa: RUF022 - in the order of a reader's interest
     "plan",
     "verify",
     "Engine",
+    "AsyncEngine",
     "Config",
     "SamplingParams",
     "RequestOutput",
@@ -87,6 +92,7 @@ __all__ = [  # noqa: RUF022 - in the order of a reader's interest
     "ReleasedWeightsError",
     "InvalidRequestError",
     "CapacityError",
+    "QueueFullError",
     "RequestFailedError",
     "EngineClosedError",
     "__version__",

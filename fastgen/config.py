@@ -13,6 +13,7 @@ INT32_MAX = 2**31 - 1
 SEED_MAX = 2**63 - 1
 MAX_OUTPUTS = 16384  # of one prompt: a caller's mistake must not fill the memory
 MAX_LOGPROBS = 1000  # per token, for the same reason
+MAX_DEADLINE_SECONDS = 1e7
 CODEGENS = ("auto", "direct", "inductor")
 WEIGHT_CHECKS = ("sampled", "full", "manual")
 MIN_REPETITION_PENALTY = 1e-6  # logits divided by less could leave fp32
@@ -44,7 +45,10 @@ class Config:
 
     Attributes:
         max_num_seqs: Sequences that may run in one step.
-        max_num_batched_tokens: Tokens computed in one step; longer prompts are chunked.
+        max_num_batched_tokens: Tokens computed in one step; longer prompts are chunked. Running
+            requests get their token in each step first, so it bounds how long they wait for it.
+        max_queue: Most requests that may wait to run, of those that come through an `Engine`;
+            more raise QueueFullError. None: any number.
         max_model_len: Longest sequence (prompt + output) in tokens; None: the model's own limit.
         gpu_memory_utilization: Share of a GPU's memory that an `Engine` may fill with all it needs:
             weights, activations, captured decode steps and the KV cache, which gets the rest. What
@@ -79,6 +83,7 @@ class Config:
 
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
+    max_queue: int | None = None
     max_model_len: int | None = None
     gpu_memory_utilization: float = 0.9
     enforce_eager: bool = False
@@ -96,8 +101,9 @@ class Config:
     def __post_init__(self) -> None:
         check_int("max_num_seqs", self.max_num_seqs, 1, 1 << 16)
         check_int("max_num_batched_tokens", self.max_num_batched_tokens, 1, 1 << 20)
-        if self.max_model_len is not None:
-            check_int("max_model_len", self.max_model_len, 1, INT32_MAX)
+        for name in ("max_model_len", "max_queue"):
+            if (value := getattr(self, name)) is not None:
+                check_int(name, value, 1, INT32_MAX)
         check_int("block_size", self.block_size, 16, 64)
         if self.block_size not in (16, 32, 64):
             raise ValueError(f"block_size must be 16, 32 or 64, got {self.block_size!r}")

@@ -31,3 +31,7 @@ class RequestFailedError(FastgenError, RuntimeError):
 
 class EngineClosedError(FastgenError, RuntimeError):
     """The engine was closed, or its model is gone."""
+
+
+class QueueFullError(FastgenError, RuntimeError):
+    """As many requests wait as max_queue allows; nothing was queued."""

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import queue
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from . import api
-from .config import Config, SamplingParams
+from .config import (
+    INT32_MAX,
+    MAX_DEADLINE_SECONDS,
+    Config,
+    SamplingParams,
+    check_float,
+    check_int,
+)
 from .engine.engine import EngineCore, failure
-from .engine.request import Request, iterate_events
+from .engine.request import Request
+from .engine.token_reader import News, TokenReader
 from .errors import EngineClosedError, InvalidRequestError
 from .generate import TransformersLoop
 from .outputs import Completion, EngineMetrics, RequestOutput, TokenEvent
@@ -77,41 +85,40 @@ class Engine:
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
-        stream: bool = True,
         cache_salt: str | None = None,
+        priority: int = 0,
+        deadline_s: float | None = None,
     ) -> Request:
         """Queue a prompt and return at once.
 
         Args:
             prompt: str, list of token ids, or list of chat messages.
             params: None takes the model's generation config (sampling, length).
-            stream: Whether `stream` will be used; `result` works in both cases.
             cache_salt: Only requests of one salt share cached prefixes, so that none can tell from
                 the time it takes what another's prompt was.
-        Raises: InvalidRequestError, CapacityError, EngineClosedError.
+            priority: Lower is served earlier. Being one less urgent is as having come
+                PRIORITY_SECONDS later, so that nobody waits for ever.
+            deadline_s: Seconds from now after which the request ends, as far as it has come, with
+                finish_reason "deadline".
+        Raises: InvalidRequestError, CapacityError, QueueFullError, EngineClosedError.
         """
         core = self._core()
-        requests = self._requests(prompt, params, stream, cache_salt)
-        core.submit_all(requests)
+        requests = self._requests(prompt, params, cache_salt, priority, deadline_s)
+        core.submit_all(requests, max_queue=core.config.max_queue)
         return requests[0]
 
     def stream(self, request: Request) -> Iterator[TokenEvent]:
         """The request's tokens as they come; leaving the loop early cancels the request.
 
-        With n > 1 the outputs' events are mixed; `TokenEvent.index` tells them apart.
+        With n > 1 the outputs' events are mixed; `TokenEvent.index` tells them apart. A reader may
+        be as slow as it likes, and there may be several: each gets all tokens.
 
         Raises: RequestFailedError if the request ended by an error.
         """
-        outputs = [_OutputStream(each, self.tokenizer) for each in request.outputs]
+        events = EventStream(request, self.tokenizer)
         try:
-            for kind, token_id, index in iterate_events(request.outputs):
-                output = outputs[index]
-                if kind == "token":
-                    yield output.token(token_id)
-                elif output.request.error is not None:
-                    raise failure(output.request)
-                else:
-                    yield output.finish()
+            for output, token_id in TokenReader(request.outputs):
+                yield events.event(output, token_id)
         finally:
             self.cancel(request)
 
@@ -121,11 +128,11 @@ class Engine:
             each.done.wait()
         return self._output(request)
 
-    def cancel(self, request: Request) -> None:
-        """End a request in any state; its blocks are free when this returns."""
+    def cancel(self, request: Request, *, wait: bool = True) -> None:
+        """End a request in any state; its blocks are free when this returns, if it waits."""
         optimized = api.lookup(self.model)
         if optimized is not None and any(r.finish_reason is None for r in request.outputs):
-            optimized.engine().cancel_all(request.outputs)
+            optimized.engine().cancel_all(request.outputs, wait)
 
     def generate(
         self,
@@ -133,6 +140,8 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams | None] | None = None,
         *,
         cache_salt: str | None = None,
+        priority: int = 0,
+        deadline_s: float | None = None,
     ) -> list[RequestOutput]:
         """Run prompts together and wait; outputs in the order of the prompts.
 
@@ -150,13 +159,13 @@ class Engine:
         requests: list[Request] = []
         for index, (prompt, own) in enumerate(zip(prompts, params, strict=True)):
             try:
-                siblings = self._requests(prompt, own, False, cache_salt)
+                siblings = self._requests(prompt, own, cache_salt, priority, deadline_s)
                 core.check(siblings[0])
             except InvalidRequestError as error:
                 raise type(error)(f"prompt {index}: {error}") from error
             requests.extend(siblings)
         try:
-            core.submit_all(requests)
+            core.submit_all(requests, max_queue=core.config.max_queue)
             return [self.result(request) for request in requests if request.index == 0]
         finally:
             core.cancel_all(requests)
@@ -164,6 +173,29 @@ class Engine:
     def metrics(self) -> EngineMetrics:
         """A snapshot of the engine's counters."""
         return self._core().metrics()
+
+    def pause(self) -> None:
+        """Run no step until `resume`; requests are taken and wait, the model's `generate()` too."""
+        self._core().pause()
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        self._core().resume()
+
+    def shutdown(self, drain: bool = True) -> None:
+        """Take no more requests, wait for those there are (`drain`) or end them, and close.
+
+        A paused engine is resumed to drain. Requests of the model's `generate()` are waited for
+        too: it shares the engine.
+        """
+        optimized = api.lookup(self.model)
+        if drain and not self._closed and optimized is not None:
+            core = self._core()
+            self._closed = True
+            core.resume()
+            core.wait_idle()
+            optimized.close_engine()
+        self.close()
 
     def close(self) -> None:
         """End all requests and free the KV cache; the model stays optimised."""
@@ -189,7 +221,12 @@ class Engine:
             raise EngineClosedError(f"the engine cannot run this model: {reason}") from None
 
     def _requests(
-        self, prompt: Prompt, params: SamplingParams | None, stream: bool, cache_salt: str | None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        cache_salt: str | None,
+        priority: int,
+        deadline_s: float | None,
     ) -> list[Request]:
         """One request per output of a prompt."""
         if params is None:
@@ -198,6 +235,11 @@ class Engine:
             raise InvalidRequestError(f"params must be SamplingParams, got {params!r}")
         if cache_salt is not None and not isinstance(cache_salt, str):
             raise InvalidRequestError(f"cache_salt must be a str, got {cache_salt!r}")
+        check_int("priority", priority, -INT32_MAX, INT32_MAX, InvalidRequestError)
+        deadline = None
+        if deadline_s is not None:
+            check_float("deadline_s", deadline_s, 0.0, MAX_DEADLINE_SECONDS, InvalidRequestError)
+            deadline = time.perf_counter() + deadline_s
         if params.stop and self.tokenizer is None:
             raise InvalidRequestError("stop strings need a tokenizer: Engine(model, tokenizer)")
         stops = set(params.stop_token_ids)
@@ -205,19 +247,20 @@ class Engine:
             stops |= self._eos_token_ids()
         ids = encode_prompt(prompt, self.tokenizer)
         bad_words = bad_word_ids(params.bad_words, self.tokenizer)
-        events = queue.SimpleQueue()
+        news = News()
         requests = [
             Request(
                 ids,
                 params,
                 frozenset(stops),
-                stream=stream,
                 stop_text=TextStream(self.tokenizer, params) if params.stop else None,
                 bad_words=bad_words,
                 index=index,
                 cache_salt=cache_salt,
+                priority=priority,
+                deadline=deadline,
                 prompt_logprobs=[] if params.prompt_logprobs is not None and index == 0 else None,
-                events=events,
+                news=news,
             )
             for index in range(params.n)
         ]
@@ -302,7 +345,26 @@ class Engine:
         return text + stream.take([], last=True)
 
 
-class _OutputStream:
+class EventStream:
+    """One reader's events of a prompt's outputs."""
+
+    def __init__(self, request: Request, tokenizer: Any) -> None:
+        self._outputs = [_OutputEvents(output, tokenizer) for output in request.outputs]
+
+    def event(self, request: Request, token_id: int | None) -> TokenEvent:
+        """Of an output's next token, or of its end (None).
+
+        Raises: RequestFailedError if it ended by an error.
+        """
+        output = self._outputs[request.index]
+        if token_id is not None:
+            return output.token(token_id)
+        if request.error is not None:
+            raise failure(request)
+        return output.finish()
+
+
+class _OutputEvents:
     """One output's events: its text and the place in its logprobs."""
 
     def __init__(self, request: Request, tokenizer: Any) -> None:

@@ -100,7 +100,7 @@ def test_what_fits_is_what_the_engine_takes(config):
     assert cache.sequences == (cache.num_blocks - 1) // 7 > 1, "100 tokens are 7 blocks"
     assert cache.sequence_bytes == 7 * 16 * cache.bytes_per_token
     model = fastgen.optimize(tiny_model("llama"), kv_cache_memory_bytes=cache.pool_bytes, **given)
-    assert fastgen.api.require(model).engine()._pool_blocks() == cache.num_blocks
+    assert fastgen.api.require(model).engine()._pool_size().num_blocks() == cache.num_blocks
     fastgen.restore(model)
     few = fastgen.plan(config, memory_bytes=2_000_000, **{**given, "max_num_seqs": 1})
     assert few.kv_cache.sequences == 1

@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
 import fastgen
+from fastgen.engine.token_reader import TokenReader
 
 pytestmark = pytest.mark.usefixtures("graphs_of_the_session")
 ROW = prompts(9)[0]
@@ -221,7 +222,7 @@ def test_values_are_not_read_while_requests_run(monkeypatch):
     )
     engine = fastgen.Engine(model)
     long = engine.submit(ROW, fastgen.SamplingParams(max_tokens=400, temperature=0.0))
-    long.events.get(timeout=20)
+    next(iter(TokenReader([long])))
     engine.submit(ROW, fastgen.SamplingParams(max_tokens=2, temperature=0.0))
     engine.cancel(long)
     optimized.engine().wait_idle()

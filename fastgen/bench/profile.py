@@ -21,7 +21,7 @@ from torch import fx
 from .. import Engine, SamplingParams, api, kernels
 from ..compiled import CompiledForward, ForwardOutput
 from ..costs import Cost, Sizes, Step, kind_of, node_cost, op_name
-from ..engine import engine as engine_module
+from ..engine import delivery
 from ..engine.batch import build_batch
 from ..engine.engine import EngineCore
 from ..engine.runner import Runner
@@ -148,7 +148,7 @@ def watching(core: EngineCore, watched: WatchedForward) -> Iterator[list[StepRec
     scheduler, runner, compiled = engine._scheduler, engine._runner, engine.compiled
     assert scheduler is not None, "the engine has not run yet"
     schedule, step, forward = scheduler.schedule, engine._step, compiled._forward
-    sample = engine_module.sample
+    sample = delivery.sample
 
     def timed_schedule() -> SchedulerOutput:
         start = time.perf_counter()
@@ -175,11 +175,11 @@ def watching(core: EngineCore, watched: WatchedForward) -> Iterator[list[StepRec
     def put_in() -> None:
         scheduler.schedule, engine._step = timed_schedule, timed_step
         engine._runner = _WatchedRunner(runner, watched, records)
-        compiled._forward, engine_module.sample = watched.forward, timed_sample
+        compiled._forward, delivery.sample = watched.forward, timed_sample
 
     def take_out() -> None:
         del scheduler.schedule, engine._step
-        engine._runner, compiled._forward, engine_module.sample = runner, forward, sample
+        engine._runner, compiled._forward, delivery.sample = runner, forward, sample
 
     core._mailbox.call(put_in)
     try:

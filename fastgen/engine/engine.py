@@ -3,39 +3,39 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any
 
 import torch
 
-from ..compiled import CompiledForward, ForwardOutput
-from ..config import SEED_MAX, Config, check_int
+from ..compiled import CompiledForward
+from ..config import SEED_MAX, Config
 from ..errors import (
     CapacityError,
     EngineClosedError,
     FastgenError,
-    InvalidRequestError,
+    QueueFullError,
     RequestFailedError,
 )
 from ..outputs import EngineMetrics
 from ..passes import Variant
+from .admission import check_request
 from .block_pool import BlockPool
-from .decode_graphs import CudaCapturer, DecodeGraphs, batch_buckets
-from .kv_cache import KVCache, block_bytes, free_memory_bytes
-from .logprobs import logprobs_of
+from .decode_graphs import CudaCapturer, DecodeGraphs
+from .delivery import deliver
+from .kv_cache import KVCache
 from .mailbox import Mailbox
-from .memory_plan import GpuMemory, MemoryPlan, plan_memory
+from .memory_plan import PoolSize
 from .prefix_cache import root_digest
 from .request import Request, RequestStatus
 from .runner import Runner, smallest_covering
-from .sampler import SamplingState, sample
-from .scheduler import ScheduledRequest, Scheduler, SchedulerOutput, SchedulerStats
+from .sampler import SamplingState
+from .scheduler import Scheduler, SchedulerStats
 from .threads import release_openmp_team
 from .variant_check import check_variant
 
@@ -73,6 +73,9 @@ class EngineCore:
         self._waiting_for_idle: list[Future] = []
         self._forward_seconds = self._sampling_seconds = self._host_seconds = 0.0
         self._first_step_seconds = 0.0
+        self._is_paused = False
+        self._queue_lock = threading.Lock()
+        self._num_on_the_way = 0  # submitted, and not yet with the scheduler
         self._mailbox = Mailbox()
         thread = threading.Thread(
             target=_run_engine,
@@ -93,28 +96,7 @@ class EngineCore:
 
     def check(self, request: Request) -> None:
         """Raise InvalidRequestError or CapacityError if the request could never run."""
-        prompt = request.prompt_token_ids
-        if not prompt and request.query_token_id is None:
-            raise InvalidRequestError("a prompt must hold at least one token, got none")
-        largest = self.compiled.vocab_size - 1
-        for token_id in prompt:
-            if type(token_id) is not int or not 0 <= token_id <= largest:
-                check_int("each prompt token id", token_id, 0, largest, InvalidRequestError)
-        params = request.sampling
-        for name, token_ids in (
-            ("allowed_token_ids", params.allowed_token_ids or ()),
-            ("logit_bias", params.logit_bias),
-            ("stop_token_ids", params.stop_token_ids),
-            ("bad_words", itertools.chain(*request.bad_words)),
-        ):
-            for token_id in token_ids:
-                check_int(f"each token id of {name}", token_id, 0, largest, InvalidRequestError)
-        length, max_tokens = len(prompt), params.max_tokens
-        if length + max_tokens > self.max_model_len:
-            raise CapacityError(
-                f"prompt ({length}) + max_tokens ({max_tokens}) must be <= max_model_len "
-                f"({self.max_model_len}); shorten one of them"
-            )
+        check_request(request, self.compiled.vocab_size, self.max_model_len)
         if not self.fits([request]):
             slots = self._num_usable_blocks() * self.config.block_size
             raise CapacityError(
@@ -135,8 +117,14 @@ class EngineCore:
         """
         self.submit_all([request])
 
-    def submit_all(self, requests: list[Request], together: bool = False) -> None:
-        """Check requests and queue all or none; `together`: they must all fit at once."""
+    def submit_all(
+        self, requests: list[Request], together: bool = False, max_queue: int | None = None
+    ) -> None:
+        """Check requests and queue all or none.
+
+        together: They must all fit at once. max_queue: Most requests that may wait, these included.
+        Raises: as `submit`, and QueueFullError.
+        """
         for request in requests:
             if request.index == 0:  # its siblings ask for the same
                 self.check(request)
@@ -152,11 +140,23 @@ class EngineCore:
                 request.seed = (seed + request.index) % (SEED_MAX + 1)
             elif not request.sampling.greedy and request.group is None:
                 request.seed = int(torch.randint(SEED_MAX, ()))  # as torch.manual_seed governs
-        self._mailbox.post(lambda: self._admit(requests))
+        with self._queue_lock:
+            num_waiting = self._num_on_the_way + self._num_waiting
+            if max_queue is not None and num_waiting + len(requests) > max_queue:
+                raise QueueFullError(
+                    f"{num_waiting} requests wait and {len(requests)} more are given; max_queue is "
+                    f"{max_queue}: try again later, or raise it"
+                )
+            self._mailbox.post(lambda: self._admit(requests))
+            self._num_on_the_way += len(requests)
         release_openmp_team()  # the caller is about to wait
 
     def cancel_all(self, requests: Iterable[Request], wait: bool = True) -> None:
-        """End requests wherever they are; their blocks are free when a waiting call returns."""
+        """End requests wherever they are; their blocks are free when a waiting call returns.
+
+        On the engine's own thread, where a garbage collection may end a stream that was forgotten
+        in the middle of a step, nobody waits.
+        """
         pending = [r for r in requests if r.status is not RequestStatus.FINISHED]
         if not pending:
             return
@@ -165,6 +165,7 @@ class EngineCore:
             for request in pending:
                 self._finish(request, "cancelled")
 
+        wait = wait and threading.current_thread() is not self._mailbox.thread
         (self._mailbox.call if wait else self._mailbox.post)(cancel)
 
     def feed(
@@ -211,6 +212,22 @@ class EngineCore:
         Raises: FastgenError while requests are running.
         """
         self._mailbox.call(lambda: self._release("release the KV cache"))
+
+    def pause(self) -> None:
+        """Run no step until `resume`; requests are taken and wait, and may be cancelled."""
+
+        def pause() -> None:
+            self._is_paused = True
+
+        self._mailbox.call(pause)
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+
+        def resume() -> None:
+            self._is_paused = False
+
+        self._mailbox.call(resume)
 
     def wait_idle(self) -> None:
         """Wait until no request is left. New ones must be kept away by the caller."""
@@ -278,44 +295,27 @@ class EngineCore:
 
     # Called on the engine thread.
 
+    @property
+    def _num_waiting(self) -> int:
+        scheduler = self._scheduler
+        return 0 if scheduler is None else len(scheduler.waiting)
+
     def _num_usable_blocks(self) -> int:
         scheduler = self._scheduler
         if scheduler is not None:
             return scheduler.pool.num_usable
-        return self._pool_blocks() - 1
+        return self._pool_size().num_blocks() - 1
 
-    def _pool_blocks(self) -> int:
-        """Blocks of a new pool: what max_num_seqs can need, at most the memory it may take."""
-        per_block = block_bytes(self.compiled.spec, self.config.block_size)
-        allowed = self.config.kv_cache_memory_bytes
-        if allowed is None and self.device.type == "cuda" and self.fills_gpu:
-            allowed = self._plan_gpu_memory().cache
-        elif allowed is None:
-            allowed = free_memory_bytes(self.device) // 2
-        needed = self.config.max_num_seqs * self._longest_table() + 1
-        return max(2, min(needed, allowed // per_block))
-
-    def _longest_table(self) -> int:
-        """Blocks of the longest sequence."""
-        return -(-self.max_model_len // self.config.block_size)
-
-    def _buckets(self) -> tuple[int, ...]:
-        """Numbers of sequences whose decode steps are captured."""
-        eager = self.device.type != "cuda" or self.config.enforce_eager
-        return () if eager else batch_buckets(self.config.max_num_seqs)
-
-    def _plan_gpu_memory(self) -> MemoryPlan:
-        return plan_memory(
-            GpuMemory.of(self.device),
-            self.compiled,
-            self.config.gpu_memory_utilization,
-            self.config.max_num_batched_tokens,
-            self._buckets(),
-            self._longest_table(),
-        )
+    def _pool_size(self) -> PoolSize:
+        return PoolSize(self.compiled, self.config, self.device, self.max_model_len, self.fills_gpu)
 
     def _admit(self, requests: list[Request]) -> None:
         """Queue requests; what prevents it ends them."""
+        with self._queue_lock:  # nobody counts them twice, or not at all
+            self._num_on_the_way -= len(requests)
+            self._queue(requests)
+
+    def _queue(self, requests: list[Request]) -> None:
         try:
             self._make_pool()
         except (MemoryError, RuntimeError) as error:
@@ -348,13 +348,19 @@ class EngineCore:
         if self._scheduler is None:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)  # of this thread
-            num_blocks = self._pool_blocks()
+            size = self._pool_size()
+            num_blocks = size.num_blocks()
             cache = KVCache(self.compiled.spec, num_blocks, self.config.block_size, self.device)
             graphs = None
-            if buckets := self._buckets():
-                width = min(self._longest_table(), num_blocks)
-                capturer = CudaCapturer(self.device)
-                graphs = DecodeGraphs(self.compiled, cache, self.device, buckets, width, capturer)
+            if size.buckets:
+                graphs = DecodeGraphs(
+                    self.compiled,
+                    cache,
+                    self.device,
+                    size.buckets,
+                    min(size.longest_table, num_blocks),
+                    CudaCapturer(self.device),
+                )
             self._runner = Runner(self.compiled, cache, self.device, graphs, self.variants)
             self._scheduler = Scheduler(
                 BlockPool(num_blocks),
@@ -385,7 +391,7 @@ class EngineCore:
         while (message := self._mailbox.take()) is not None:
             message()
         self._tell_idle()
-        if self._scheduler is None or self._runner is None:
+        if self._scheduler is None or self._runner is None or self._is_paused:
             return False
         output = self._scheduler.schedule()
         try:
@@ -396,7 +402,11 @@ class EngineCore:
             self._scheduler.advance(output)
             self._counters["engine_steps"] += 1
             self._counters["computed_tokens"] += output.num_tokens
-            sampling = self._deliver(output, result)
+            delivered = deliver(output, result, self._sampling)
+            self._counters["output_tokens"] += delivered.num_logits
+            for place, error in delivered.errors.items():
+                self._finish(delivered.requests[place], "error", error)
+            self._append_all(delivered.requests, delivered.token_ids)
         except Exception as error:
             logger.exception("a step failed; its %d requests end", output.num_seqs)
             for item in output.scheduled:
@@ -404,8 +414,8 @@ class EngineCore:
             return True
         forward, took = self._runner.forward_seconds, time.perf_counter() - start
         self._forward_seconds += forward
-        self._sampling_seconds += sampling
-        self._host_seconds += took - forward - sampling
+        self._sampling_seconds += delivered.seconds
+        self._host_seconds += took - forward - delivered.seconds
         self._first_step_seconds = self._first_step_seconds or took
         return True
 
@@ -415,66 +425,6 @@ class EngineCore:
                 idle.set_result(None)
             self._waiting_for_idle.clear()
 
-    def _deliver(self, output: SchedulerOutput, result: ForwardOutput) -> float:
-        """Hand each request's logits to its lockstep group or to the sampler.
-
-        Returns: seconds of the sampler.
-        """
-        if result.hidden_states:
-            _deliver_hidden_states(output, result.hidden_states)
-        logits = result.logits
-        rows: list[int] = []
-        requests: list[Request] = []
-        for row, request in enumerate(output.decodes.requests):
-            if request.group is None:
-                rows.append(row)
-                requests.append(request)
-            else:
-                request.group.offer(request, logits[row])
-        end, num_sampled = len(output.decodes), len(output.decodes)
-        for item in output.items:
-            start, end = end, end + item.num_logits
-            if item.all_logits:
-                self._note_prompt_logprobs(item, logits[start:end])
-            if not item.samples:
-                continue
-            num_sampled += 1
-            if item.request.group is not None:
-                item.request.group.offer(item.request, logits[end - 1])
-            else:
-                rows.append(end - 1)
-                requests.append(item.request)
-        self._counters["output_tokens"] += num_sampled
-        if not rows:
-            return 0.0
-        before = time.perf_counter()
-        states = [self._sampling[request.request_id] for request in requests]
-        sampled = sample(logits if len(rows) == len(logits) else logits[rows], states)
-        after = time.perf_counter()
-        for row, error in sampled.errors.items():
-            self._finish(requests[row], "error", error)
-        for row, logprobs in sampled.logprobs.items():
-            if row not in sampled.errors:
-                requests[row].logprobs.append(logprobs)
-        for row, logprobs in sampled.processed_logprobs.items():
-            requests[row].processed_logprobs.append(logprobs)
-        self._append_all(requests, sampled.token_ids)
-        return after - before
-
-    def _note_prompt_logprobs(self, item: ScheduledRequest, logits: torch.Tensor) -> None:
-        """Row i of the logits says how likely token start + i + 1 was."""
-        request, prompt = item.request, item.request.prompt_token_ids
-        known = request.prompt_logprobs
-        assert known is not None
-        if not known:
-            known.append(None)  # nothing comes before the first token
-        # After a preemption some are known already.
-        first, last = len(known), min(item.start + item.num_tokens, len(prompt) - 1)
-        if first <= last:
-            targets = prompt[first : last + 1]
-            rows = logits[first - item.start - 1 : last - item.start]
-            known.extend(logprobs_of(rows, targets, request.sampling.prompt_logprobs or 0))
-
     def _append_all(self, requests: list[Request], token_ids: list[int]) -> None:
         """Add a token to each request that has not ended."""
         rest = range(len(requests))
@@ -482,8 +432,8 @@ class EngineCore:
             rest = self._scheduler.append_tokens(requests, token_ids)
         one_by_one = set(rest)
         for place, request in enumerate(requests):
-            if request.stream and place not in one_by_one:
-                request.events.put(("token", token_ids[place], request.index))
+            if request.news.audience and place not in one_by_one:
+                request.news.tell()
         for place in reversed(rest):  # of the running requests the last leaves with the least work
             self._append(requests[place], token_ids[place])
 
@@ -496,10 +446,10 @@ class EngineCore:
         except BaseException as error:  # of the tokenizer: a panic of Rust's is no Exception
             self._finish(request, "error", error)
             return
-        if request.stream:
-            request.events.put(("token", token_id, request.index))
         if reason is not None:
             self._ended(request)
+        elif request.news.audience:
+            request.news.tell()
 
     def _finish(self, request: Request, reason: str, error: BaseException | None = None) -> None:
         if request.status is RequestStatus.FINISHED:
@@ -512,8 +462,9 @@ class EngineCore:
 
     def _ended(self, request: Request) -> None:
         self._sampling.pop(request.request_id, None)
-        request.events.put(("finish", request.finish_reason, request.index))
         request.done.set()
+        if request.news.audience:
+            request.news.tell()
         if request.group is not None:
             request.group.fail(failure(request))
 
@@ -550,16 +501,6 @@ class EngineCore:
             host_seconds=self._host_seconds,
             first_step_seconds=self._first_step_seconds,
         )
-
-
-def _deliver_hidden_states(output: SchedulerOutput, states: Sequence[torch.Tensor]) -> None:
-    """Hand hidden states to the groups that want them, before the logits that follow them."""
-    place = 0
-    for item in output.scheduled:
-        request = item.request
-        if request.wants_hidden_states and request.group is not None:
-            request.group.note_hidden_states(request, item.start, states, place, item.num_tokens)
-        place += item.num_tokens
 
 
 def failure(request: Request, error: BaseException | None = None) -> FastgenError:

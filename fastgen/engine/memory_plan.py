@@ -1,4 +1,4 @@
-"""How much of a GPU's memory the KV cache may take, once all else has its share."""
+"""How many blocks a pool has: what can be needed, at most what the memory allows."""
 
 from __future__ import annotations
 
@@ -8,8 +8,59 @@ from dataclasses import dataclass
 import torch
 
 from ..compiled import CompiledForward
+from ..config import Config
 from ..errors import CapacityError
-from .decode_graphs import table_bytes
+from .decode_graphs import batch_buckets, table_bytes
+from .kv_cache import block_bytes, free_memory_bytes
+
+
+@dataclass(frozen=True)
+class PoolSize:
+    """The size of one model's pool, and of what is captured over it.
+
+    fills_gpu: The pool may fill a GPU as gpu_memory_utilization says.
+    """
+
+    compiled: CompiledForward
+    config: Config
+    device: torch.device
+    max_model_len: int
+    fills_gpu: bool
+
+    @property
+    def longest_table(self) -> int:
+        """Blocks of the longest sequence."""
+        return -(-self.max_model_len // self.config.block_size)
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Numbers of sequences whose decode steps are captured."""
+        eager = self.device.type != "cuda" or self.config.enforce_eager
+        return () if eager else batch_buckets(self.config.max_num_seqs)
+
+    def num_blocks(self) -> int:
+        """Of a new pool, the null block among them, with the memory that is free now.
+
+        Raises: CapacityError if a GPU has no memory for any.
+        """
+        per_block = block_bytes(self.compiled.spec, self.config.block_size)
+        allowed = self.config.kv_cache_memory_bytes
+        if allowed is None and self.device.type == "cuda" and self.fills_gpu:
+            allowed = self._gpu_plan().cache
+        elif allowed is None:
+            allowed = free_memory_bytes(self.device) // 2
+        needed = self.config.max_num_seqs * self.longest_table + 1
+        return max(2, min(needed, allowed // per_block))
+
+    def _gpu_plan(self) -> MemoryPlan:
+        return plan_memory(
+            GpuMemory.of(self.device),
+            self.compiled,
+            self.config.gpu_memory_utilization,
+            self.config.max_num_batched_tokens,
+            self.buckets,
+            self.longest_table,
+        )
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import enum
 import itertools
-import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ..config import SamplingParams
 from ..outputs import Logprob, RequestMetrics
+from .token_reader import News
 
 _request_ids = itertools.count()
 
@@ -75,11 +75,11 @@ class Request:
             the first new token of a right-padded row from a padding token that nobody attends to.
         first_output_position: Position of the first generated token; prompts start at 0.
         group, row: Who chooses this request's tokens, and its row there; None: the sampler.
-        stream: Whether every token is put into `events`.
         stop_text: Finds stop strings; None: there are none.
         bad_words: Token sequences that must not be generated.
         siblings: All requests of one prompt of which several outputs are wanted, in order, this
-            one among them; they share `events`. index: This one's place. Empty if it is alone.
+            one among them; they share `news`. index: This one's place. Empty if it is alone.
+        priority: Lower is served earlier. deadline: Of the scheduler's clock, when it ends.
         cache_salt: Only requests of the same salt share blocks.
         prompt_logprobs: Per prompt token so far, None for the first; None: not wanted.
         seed: Of the request's own generator; set when it is submitted.
@@ -87,8 +87,7 @@ class Request:
             the place of the prompt tokens' own embeddings; such a request shares no blocks. Its
             prompt_token_ids only count.
         wants_hidden_states: Its group hears the hidden states of every token.
-        events: Receives ("token", id, index) for each token if `stream` is set, and
-            ("finish", reason, index).
+        news: Tells of each new token and of the end.
         done: Set when the request has ended.
         arrival_order: Place in the order of service; given by the scheduler.
         cache_root: What its block digests begin with; None: it shares no blocks.
@@ -106,12 +105,13 @@ class Request:
     first_output_position: int | None = None
     group: TokenChooser | None = None
     row: int = 0
-    stream: bool = False
     stop_text: StopText | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()
     siblings: tuple[Request, ...] = ()
     index: int = 0
     cache_salt: str | None = None
+    priority: int = 0
+    deadline: float | None = None
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     seed: int = 0
     prompt_embeds: Any = None
@@ -137,7 +137,7 @@ class Request:
     error: BaseException | None = None
     query_done: bool = False
     num_preemptions: int = 0
-    events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
+    news: News = field(default_factory=News)
     done: threading.Event = field(default_factory=threading.Event)
     arrival_time: float = field(default_factory=time.perf_counter)
     scheduled_time: float | None = None
@@ -219,24 +219,3 @@ class Request:
             output_tokens_per_s=num_output / e2e * 1e3 if e2e else None,
             num_preemptions=self.num_preemptions,
         )
-
-
-def iterate_events(requests: Sequence[Request]) -> Iterator[tuple[str, Any, int]]:
-    """Wait for the events of requests that share a queue, until each has finished.
-
-    Ends that were taken before, by another reader, come again.
-    """
-    events, pending = requests[0].events, {request.index: request for request in requests}
-    while pending:
-        if not all(request.done.is_set() for request in pending.values()):
-            event = events.get()
-        else:
-            try:
-                event = events.get_nowait()  # all there is was put before `done` was set
-            except queue.Empty:
-                for index, request in pending.items():
-                    yield "finish", request.finish_reason, index
-                return
-        if event[0] == "finish":
-            pending.pop(event[2], None)
-        yield event

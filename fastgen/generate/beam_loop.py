@@ -33,7 +33,7 @@ def run_beam_loop(call: PreparedCall, requests: list[Request]) -> Any:
     beams = _Beams(call)
     running_ids = call.input_ids
     for request in requests:
-        request.stop_token_ids, request.stream = frozenset(), False
+        request.stop_token_ids = frozenset()
     with LockstepGroup(call.engine, requests, call.num_beams) as group:
         while True:
             logits = group.next_logits().to(copy=True, dtype=torch.float32, device=device)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from ..engine.engine import failure
-from ..engine.request import Request, iterate_events
+from ..engine.request import Request
+from ..engine.token_reader import TokenReader
 from .prepared import PreparedCall
 
 
@@ -29,9 +30,11 @@ def run_free(call: PreparedCall, requests: list[Request]) -> torch.Tensor:
     try:
         call.engine.submit_all(requests)
         for request in requests:
-            for kind, token_id, _ in iterate_events([request]):
-                if kind == "token":
-                    call.streamer.put(torch.tensor([token_id]))
+            if call.streamer is not None:
+                for _, token_id in TokenReader([request]):
+                    if token_id is not None:
+                        call.streamer.put(torch.tensor([token_id]))
+            request.done.wait()
             if request.finish_reason in ("error", "cancelled"):
                 raise failure(request)
     finally:

@@ -60,7 +60,6 @@ def requests_of(call: PreparedCall) -> list[Request]:
             sampling,
             stop_token_ids,
             first_output_position=places[-1] + 1,
-            stream=call.streamer is not None,
             prompt_embeds=None if embedded is None else embedded[visible],
             wants_hidden_states=call.returns_hidden_states,
         )

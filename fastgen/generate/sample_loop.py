@@ -27,7 +27,7 @@ def run_sample_loop(call: PreparedCall, requests: list[Request]) -> Any:
     pads_finished = any(hasattr(c, "eos_token_id") for c in call.stopping_criteria)
     unfinished = torch.ones(input_ids.shape[0], dtype=torch.long, device=input_ids.device)
     for request in requests:
-        request.stop_token_ids, request.stream = frozenset(), False
+        request.stop_token_ids = frozenset()
     with LockstepGroup(call.engine, requests) as group:
         while True:
             logits = group.next_logits().to(copy=True, dtype=torch.float32, device=input_ids.device)

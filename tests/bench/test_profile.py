@@ -9,7 +9,7 @@ from tiny_models import prompts, tiny_model
 import fastgen
 from fastgen.bench import profile
 from fastgen.bench.workloads import Workload
-from fastgen.engine import engine as engine_module
+from fastgen.engine import delivery
 
 MACHINE = {"read_gb_per_s": 10.0, "gemm_tflop_per_s": 1.0}
 
@@ -109,7 +109,7 @@ def test_records_are_what_the_batches_hold(model, monkeypatch):
 def test_nothing_is_left_behind(model):
     fastgen.optimize(model)
     core = fastgen.api.require(model).engine()
-    sample = engine_module.sample
+    sample = delivery.sample
     with fastgen.Engine(model) as engine:
         params = fastgen.SamplingParams(max_tokens=2, temperature=0.0)
         engine.generate([[1, 2, 3]], params)
@@ -119,7 +119,7 @@ def test_nothing_is_left_behind(model):
             raise RuntimeError("planted")
         assert core._runner is runner
         assert core.compiled._forward == forward
-        assert engine_module.sample is sample
+        assert delivery.sample is sample
         assert "_step" not in vars(core)
         assert "schedule" not in vars(core._scheduler)
         assert engine.generate([[1, 2, 3]], params)[0].finish_reason == "length"

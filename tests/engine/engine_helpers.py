@@ -99,7 +99,7 @@ class Gate:
     """Stands before every step of an engine: steps run one by one until it is opened."""
 
     def __init__(self, core: EngineCore) -> None:
-        core._mailbox.call(lambda: core._admit([]))  # makes the runner
+        core._mailbox.call(core._make_pool)  # makes the runner
         runner: Any = core._runner
         self._mailbox, self._run = core._mailbox, runner.run
         self._opened = threading.Event()

@@ -17,7 +17,7 @@ from engine_helpers import (  # noqa: F401 - the fixtures are used by name
 import fastgen
 from fastgen.engine import engine as engine_module
 from fastgen.engine.decode_graphs import DecodeGraphs, batch_buckets, table_bytes
-from fastgen.engine.engine import EngineCore
+from fastgen.engine.memory_plan import PoolSize
 
 
 class FakeCapturer:
@@ -50,14 +50,14 @@ class FakeCapturer:
 @pytest.fixture
 def capturer(monkeypatch):
     """Every engine captures its decode steps, as one on a GPU."""
-    known: list[EngineCore] = []
+    known: list[PoolSize] = []
     fake = FakeCapturer(lambda: known[0].compiled)
 
     def buckets(self):
         known[:] = [self]
         return () if self.config.enforce_eager else batch_buckets(self.config.max_num_seqs)
 
-    monkeypatch.setattr(EngineCore, "_buckets", buckets)
+    monkeypatch.setattr(PoolSize, "buckets", property(buckets))
     monkeypatch.setattr(engine_module, "CudaCapturer", lambda device: fake)
     return fake
 

@@ -5,7 +5,6 @@ Tokens are compared with transformers' greedy loop, run for each prompt alone on
 
 from __future__ import annotations
 
-import queue
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -31,7 +30,6 @@ from tiny_models import VOCAB, prompts
 import fastgen
 from fastgen import SamplingParams
 from fastgen.engine import runner
-from fastgen.engine.request import Request
 
 # What changes the schedule and must not change a token.
 SCHEDULES = {
@@ -202,9 +200,8 @@ def test_submit_returns_before_anything_ran(engine, gate, expected):
     assert within(engine.result, request).token_ids == expected[1][0][:3]
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_result_of_a_request_that_is_done(engine, expected, stream):
-    request = engine.submit(expected[0][0], greedy(3), stream=stream)
+def test_result_of_a_request_that_is_done(engine, expected):
+    request = engine.submit(expected[0][0], greedy(3))
     idle(engine)
     assert within(engine.result, request).token_ids == expected[1][0][:3]
 
@@ -223,6 +220,20 @@ def test_result_after_the_stream(engine, expected):
     assert output.metrics == events[-1].metrics
 
 
+def test_two_streams_of_one_request(engine, gate, expected):
+    """Both get all tokens, wherever they begin."""
+    request = engine.submit(expected[0][0], greedy(8))
+    gate.wait()
+    gate.step(2)
+    with ThreadPoolExecutor(2) as executor:
+        futures = [executor.submit(lambda: list(engine.stream(request))) for _ in range(2)]
+        gate.open()
+        both = [future.result(timeout=30) for future in futures]
+    for events in both:
+        assert [t for event in events for t in event.token_ids] == expected[1][0][:8]
+        assert events[-1].finish_reason == "length"
+
+
 def test_result_from_two_threads(engine, gate, expected):
     request = engine.submit(expected[0][0], greedy(3))
     gate.wait()
@@ -231,43 +242,6 @@ def test_result_from_two_threads(engine, gate, expected):
         gate.open()
         outputs = [future.result() for future in futures]
     assert [output.token_ids for output in outputs] == [expected[1][0][:3]] * 2
-
-
-class EndsMeanwhile:
-    """Events of a request that ends just when its consumer has found that there is nothing."""
-
-    def __init__(self, request: Request) -> None:
-        self._request, self._queue = request, queue.SimpleQueue()
-
-    def _end(self) -> None:
-        if self._request.finish_reason is None:
-            self._queue.put(("token", 5, 0))
-            self._request.output_token_ids.append(5)
-            self._request.end("length")
-            self._queue.put(("finish", "length", 0))
-            if hasattr(self._request, "done"):
-                self._request.done.set()
-
-    def put(self, event: tuple) -> None:
-        self._queue.put(event)
-
-    def get(self) -> tuple:
-        if self._queue.empty():
-            self._end()
-        return self._queue.get()
-
-    def get_nowait(self) -> tuple:
-        if self._queue.empty():
-            self._end()
-            raise queue.Empty
-        return self._queue.get_nowait()
-
-
-def test_last_token_is_streamed_even_if_the_end_comes_at_once(engine):
-    request = Request([1], greedy(1), stream=True)
-    request.events = EndsMeanwhile(request)
-    events = within(lambda: list(engine.stream(request)))
-    assert [event.token_ids for event in events] == [[5], []]
 
 
 # Cancelling.

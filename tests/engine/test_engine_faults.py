@@ -30,6 +30,7 @@ from tiny_models import prompts, tiny_model
 
 import fastgen
 from fastgen import EngineClosedError, FastgenError, RequestFailedError, SamplingParams
+from fastgen.engine import delivery, memory_plan
 from fastgen.engine import engine as engine_module
 from fastgen.engine.request import Request
 
@@ -47,8 +48,8 @@ def test_failing_step_ends_its_requests_only(make_engine, expected, gated, monke
     if where == "runner":
         monkeypatch.setattr(gate, "_run", raise_once(gate._run, Boom("no luck")))
     else:
-        broken = raise_once(engine_module.sample, Boom("no luck"))
-        monkeypatch.setattr(engine_module, "sample", broken)
+        broken = raise_once(delivery.sample, Boom("no luck"))
+        monkeypatch.setattr(delivery, "sample", broken)
     gate.open()
     outputs = [within(engine.result, request) for request in requests]
     assert [output.finish_reason for output in outputs] == ["error"] * 2 + ["length"] * 2
@@ -115,7 +116,7 @@ def test_memory_that_shrinks_before_the_pool_is_made(expected, monkeypatch):
     model = fastgen.optimize(tiny_model("qwen2"))
     free = iter([40 * BLOCK_BYTES])
     monkeypatch.setattr(
-        engine_module, "free_memory_bytes", lambda device: next(free, 8 * BLOCK_BYTES)
+        memory_plan, "free_memory_bytes", lambda device: next(free, 8 * BLOCK_BYTES)
     )
     engine = fastgen.Engine(model)
     request_error = outcome(lambda: engine.generate(prompts(100), greedy(5)))

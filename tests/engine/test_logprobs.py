@@ -310,14 +310,14 @@ def test_rank_of_a_token():
 
 @pytest.mark.parametrize("planted", ["shifted", "scaled"])
 def test_planted_mistake_is_found(make_engine, plain, expected, monkeypatch, planted):
-    from fastgen.engine import engine as engine_module
+    from fastgen.engine import delivery
 
     def broken(logits, token_ids, count):
         if planted == "shifted":
             token_ids = token_ids[1:] + token_ids[:1]
         return logprobs_of(logits * (1.001 if planted == "scaled" else 1), token_ids, count)
 
-    monkeypatch.setattr(engine_module, "logprobs_of", broken)
+    monkeypatch.setattr(delivery, "logprobs_of", broken)
     params = SamplingParams(max_tokens=2, temperature=0.0, prompt_logprobs=0)
     (output,) = within(make_engine().generate, expected[0][3:4], params)
     with pytest.raises(AssertionError):

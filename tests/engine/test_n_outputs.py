@@ -25,7 +25,8 @@ from tiny_models import prompts
 import fastgen
 from fastgen import InvalidRequestError, RequestFailedError, SamplingParams
 from fastgen.config import MAX_OUTPUTS, SEED_MAX
-from fastgen.engine import engine as engine_module
+from fastgen.engine import delivery
+from fastgen.engine.engine import EngineCore
 
 
 def sampled(n: int = 1, seed: int | None = 7, max_tokens: int = 10, **fields) -> SamplingParams:
@@ -114,7 +115,7 @@ def test_outputs_that_end_at_different_times(model, engine, expected):
         assert completion.token_ids == ids[:end]
         ends = [e.finish_reason for e in events if e.index == completion.index]
         assert ends[-1] == completion.finish_reason == ("stop" if stop in ids else "length")
-    assert [e for e in within(lambda: list(engine.stream(request))) if e.token_ids] == []
+    assert within(lambda: list(engine.stream(request))) == sorted(events, key=lambda e: e.index)
 
 
 @pytest.mark.parametrize(("length", "computed"), [(33, 33 + 4), (32, 32 + 4), (15, 5 * 15)])
@@ -171,7 +172,7 @@ def test_failing_step_fails_all_outputs(engine, gate, expected):
 
 def test_output_that_fails_alone(engine, expected, monkeypatch):
     """One child can have no token; a stream raises, a result shows it beside the others."""
-    sample = engine_module.sample
+    sample = delivery.sample
 
     def fails_second(logits, states):
         sampled = sample(logits, states)
@@ -180,7 +181,7 @@ def test_output_that_fails_alone(engine, expected, monkeypatch):
                 sampled.errors[row] = InvalidRequestError("no token")
         return sampled
 
-    monkeypatch.setattr(engine_module, "sample", fails_second)
+    monkeypatch.setattr(delivery, "sample", fails_second)
     (output,) = within(engine.generate, expected[0][:1], sampled(3))
     reasons = [completion.finish_reason for completion in output.outputs]
     assert reasons == ["length", "error", "length"]
@@ -203,14 +204,14 @@ def test_prompt_is_checked_once(engine, expected, monkeypatch):
 
 
 def test_planted_equal_seeds_are_found(engine, expected, monkeypatch):
-    submit_all = engine_module.EngineCore.submit_all
+    submit_all = EngineCore.submit_all
 
-    def same_seed(self, requests, together=False):
+    def same_seed(self, requests, **options):
         for request in requests:
             request.index = 0
-        submit_all(self, requests, together)
+        submit_all(self, requests, **options)
 
-    monkeypatch.setattr(engine_module.EngineCore, "submit_all", same_seed)
+    monkeypatch.setattr(EngineCore, "submit_all", same_seed)
     request = engine.submit(expected[0][0], sampled(3))
     for each in request.outputs:
         assert each.done.wait(20)
