@@ -66,6 +66,7 @@ def test_config_defaults():
     assert dataclasses.asdict(Config()) == {
         "max_num_seqs": 256,
         "max_num_batched_tokens": 2048,
+        "max_queue": None,
         "max_model_len": None,
         "block_size": 16,
         "kv_cache_memory_bytes": None,
