@@ -75,7 +75,8 @@ class Config:
         deterministic: A token's logits are the same to the last bit whatever else is in the batch:
             other requests, chunks of the prompt, blocks found in the prefix cache, preemption. For
             models on the CPU, with direct code; one with an operation for which that cannot be
-            promised is refused by its name. Bits may still differ between machines and versions.
+            promised is refused by its name; calls that run in transformers' loop have no such
+            promise. Bits may still differ between machines, versions, and what `pack` packed.
         graph_cache: Keep the rewritten graph on disk, in `FASTGEN_CACHE_DIR` or the user's cache
             folder, so that the next start of the same model does not trace it again.
     Raises: ValueError for a value out of range, TypeError for an unknown field.
