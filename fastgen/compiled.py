@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import fx
 
 from . import kernels
 from .costs import Sizes, Step, peak_bytes
 from .errors import UnsupportedModelError
+from .fix_batch_shapes import call_site, fix_batch_shapes
 from .fold_views import fold_views
 from .inductor import compile_with_inductor
 from .kernels.cpu.program import Program
@@ -68,6 +68,8 @@ class CompiledForward:
         self.vocab_size = int(graph.output_value().shape[-1])
         self._logits_dtype = graph.output_value().dtype
         lowered = graph.copy()
+        if graph.deterministic:
+            report.facts["by_row"] = fix_batch_shapes(lowered)
         report.kernels = choose_kernels(lowered)
         self._programs: list[Program] = []
         left: dict[str, int] = {}
@@ -210,7 +212,7 @@ def choose_kernels(graph: CapturedGraph) -> dict[str, dict[str, Any]]:
         schema = getattr(node.target, "_schema", None)
         if node.op != "call_function" or schema is None or not schema.name.startswith("fastgen::"):
             continue
-        choice = kernels.select(schema.name, _call_site(node))
+        choice = kernels.select(schema.name, call_site(node, graph.deterministic))
         node.target = choice.implementation.function
         node.meta["kernel"] = choice.implementation
         row = chosen.setdefault(schema.name, {})
@@ -219,14 +221,3 @@ def choose_kernels(graph: CapturedGraph) -> dict[str, dict[str, Any]]:
         )
         entry["calls"] += 1
     return chosen
-
-
-def _call_site(node: fx.Node) -> kernels.CallSite:
-    schema = node.target._schema.arguments  # pyright: ignore
-    given = {argument.name: argument.default_value for argument in schema}
-    given.update(zip((argument.name for argument in schema), node.args, strict=False))
-    given.update(node.kwargs)
-    values = fx.map_arg(given, lambda argument: argument.meta["val"])
-    result = node.meta["val"]
-    first = result[0] if isinstance(result, tuple) else result
-    return kernels.CallSite(first.device, values)  # pyright: ignore

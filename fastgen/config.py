@@ -72,6 +72,11 @@ class Config:
         codegen: What runs the rewritten graph: "direct" the kernels by themselves, at once;
             "inductor" torch's Inductor, which compiles for a while what lies between them. "auto"
             is "direct".
+        deterministic: A token's logits are the same to the last bit whatever else is in the batch:
+            other requests, chunks of the prompt, blocks found in the prefix cache, preemption. For
+            models on the CPU, with direct code; one with an operation for which that cannot be
+            promised is refused by its name; calls that run in transformers' loop have no such
+            promise. Bits may still differ between machines, versions, and what `pack` packed.
         graph_cache: Keep the rewritten graph on disk, in `FASTGEN_CACHE_DIR` or the user's cache
             folder, so that the next start of the same model does not trace it again.
     Raises: ValueError for a value out of range, TypeError for an unknown field.
@@ -92,6 +97,7 @@ class Config:
     passes_off: tuple[str, ...] = ()
     codegen: str = "auto"
     graph_cache: bool = True
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         check_int("max_num_seqs", self.max_num_seqs, 1, 1 << 16)
@@ -105,7 +111,7 @@ class Config:
         if self.kv_cache_memory_bytes is not None:
             check_int("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1, 1 << 50)
         check_float("gpu_memory_utilization", self.gpu_memory_utilization, 0.01, 1.0)
-        for name in ("prefix_cache", "graph_cache", "enforce_eager"):
+        for name in ("prefix_cache", "graph_cache", "enforce_eager", "deterministic"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be a bool, got {getattr(self, name)!r}")
         for name, known in (("weight_check", WEIGHT_CHECKS), ("codegen", CODEGENS)):
@@ -120,6 +126,11 @@ class Config:
         if self.release_weights and self.pack is False:
             raise ValueError(
                 'release_weights=True needs packed weights: pack must be True or "auto", got False'
+            )
+        if self.deterministic and self.codegen == "inductor":
+            raise ValueError(
+                "deterministic=True needs codegen 'direct' or 'auto': what Inductor writes depends "
+                "on the shapes of the batch; got 'inductor'"
             )
         if isinstance(self.passes_off, str):
             raise ValueError(f"passes_off must be a sequence of names, got {self.passes_off!r}")

@@ -38,12 +38,17 @@ ATTENTION = "fastgen::paged_attention"
 LATENT = "fastgen::paged_latent_attention"
 _WINDOW_ARGUMENT, _CHUNK_ARGUMENT = 10, 13  # of both, and of paged_attention
 # Products of each row with the weight of its expert; transformers' own where torch has none.
-_GROUPED = ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
+_GROUPED = (
+    "aten::_grouped_mm",
+    "transformers::grouped_mm_fallback",
+    "fastgen::row_grouped_linear",
+)
 
 # Products, and where their two operands stand among the arguments.
 _PRODUCTS = {
     "aten::linear": (0, 1),
     "fastgen::packed_linear": (0, 1),
+    "fastgen::row_linear": (0, 1),
     GATED: (0, 1),
     "aten::mm": (0, 1),
     "aten::matmul": (0, 1),

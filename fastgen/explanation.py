@@ -90,6 +90,10 @@ class Explanation:
             for name, entry in chosen.items():
                 lines.append(f"  kernel        {op} x {entry['calls']}: {name}")
                 lines.extend(f"    not {who}: {why}" for who, why in entry["refused"].items())
+        for op, calls in self.report.facts.get("by_row", {}).items():
+            lines.append(
+                f"  by row        {op} x {calls}: apart from other rows, deterministic=True"
+            )
         lines.append(f"  codegen       {self.report.facts['codegen']}")
         programs: list[int] = self.report.facts["programs"]
         left: dict[str, int] = self.report.facts["not_in_programs"]

@@ -160,6 +160,7 @@ def _written(graph: CapturedGraph, report: Report) -> dict[str, Any]:
         "inputs": [[spec.kind, spec.target, spec.layout] for spec in graph.inputs.values()],
         "constants": {name: _constant(name, graph.constants[name]) for name in used},
         "num_layers": graph.num_layers,
+        "deterministic": graph.deterministic,
         "merges": [[plan.name, list(plan.members)] for plan in graph.merges],
         "passes": [asdict(item) for item in report.passes],
         "facts": report.facts,
@@ -264,6 +265,7 @@ def _read(data: dict[str, Any], device: torch.device) -> tuple[CapturedGraph, Re
         module=module,
         inputs=dict(zip(placeholders, specs, strict=True)),
         num_layers=data["num_layers"],
+        deterministic=data["deterministic"],
         keeps_sequences_apart=True,  # else it would not have been written
         constants={name: _tensor(row) for name, row in data["constants"].items()},
         merges=[MergePlan(name, tuple(members)) for name, members in data["merges"]],

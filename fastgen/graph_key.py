@@ -103,6 +103,7 @@ def graph_key(
     passes_off: tuple[str, ...],
     pack_budget_bytes: int,
     variant: Variant = PLAIN,
+    deterministic: bool = False,
 ) -> str:
     """The digest of all that the rewritten graph of a model depends on; the same in any process.
 
@@ -113,7 +114,7 @@ def graph_key(
     parts = [
         _OWN_SOURCES,
         repr([_pass_name(item) for item in PASSES if item.runs_on(device)]),
-        repr((sorted(passes_off), pack_budget_bytes, variant)),
+        repr((sorted(passes_off), pack_budget_bytes, variant, deterministic)),
         sys.version,
         repr([_version(name) for name in _LIBRARIES]),
         _cpu() if device.type == "cpu" else _accelerator(device),

@@ -23,6 +23,7 @@ from .compiled import CompiledForward, rewrite
 from .config import Config
 from .engine.kv_cache import free_memory_bytes
 from .errors import UnsupportedModelError
+from .fix_batch_shapes import computations
 from .graph_key import NotCacheableError, graph_key
 from .kernels.cpu import MissingLibraryError, why_missing
 from .kernels.cpu.build import cache_dir
@@ -30,6 +31,16 @@ from .passes import PLAIN, CapturedGraph, InputSpec, Report, Variant
 
 # Room for packed copies beyond this, in eighths of the weights, changes nothing.
 _AMPLE_EIGHTHS = 16
+
+
+def check_deterministic(device: torch.device) -> None:
+    """Raise UnsupportedModelError unless deterministic=True can be had on a device."""
+    if device.type != "cpu":
+        raise UnsupportedModelError(
+            f"deterministic=True is for models on the CPU, this one is on {device.type}, where "
+            "products and attention choose their order of summation by the batch; move the model "
+            "or leave deterministic off"
+        )
 
 
 @dataclass
@@ -86,6 +97,8 @@ class GraphMaker:
         """The plain graph. Raises: UnsupportedModelError, ValueError for a max_model_len."""
         max_model_len = self._max_model_len(model)
         device = next(model.parameters()).device
+        if self.config.deterministic:
+            check_deterministic(device)
         if device.type == "cpu":
             self._load_kernels()
         budget = self._pack_budget_bytes(model, device)
@@ -106,6 +119,11 @@ class GraphMaker:
         forward = CompiledForward(graph, report, self.config.codegen)
         if (why := _difference(graphs.compiled, forward)) is not None:
             raise UnsupportedModelError(f"with {variant} {why}")
+        if self.config.deterministic and not _computes_the_same(graphs.compiled, forward):
+            raise UnsupportedModelError(
+                f"deterministic=True: the graph with {variant} computes otherwise, and requests "
+                "beside such ones would run through it"
+            )
         forward.bind(graphs.compiled.weights)
         return forward
 
@@ -120,7 +138,8 @@ class GraphMaker:
         key, why = None, ""
         try:
             with timed(seconds, "key of the graph"):
-                key = graph_key(model, self.config.passes_off, budget, variant)
+                config = self.config
+                key = graph_key(model, config.passes_off, budget, variant, config.deterministic)
             with timed(seconds, "graph from cache"):
                 found = graph_cache.load(key, next(model.parameters()).device)
             if found is not None:
@@ -145,6 +164,7 @@ class GraphMaker:
         seconds["capture"] -= captured.check_seconds
         seconds["packing check"] = captured.check_seconds
         captured.pack_budget_bytes = budget
+        captured.deterministic = self.config.deterministic
         with timed(seconds, "passes"):
             return rewrite(captured, self.config.passes_off)
 
@@ -208,6 +228,14 @@ def _difference(plain: CompiledForward, variant: CompiledForward) -> str | None:
             f"{_readers_of_ids(plain)}: the model does more with them than embed them"
         )
     return None
+
+
+def _computes_the_same(plain: CompiledForward, variant: CompiledForward) -> bool:
+    """Whether they give a token the same bits."""
+    first, second = (
+        computations(forward.lowered.graph, forward.inputs) for forward in (plain, variant)
+    )
+    return first == second
 
 
 def _readers_of_ids(forward: CompiledForward) -> list[str]:

@@ -13,15 +13,24 @@ if __name__ == "fastgen.kernels":
     from .packed_linear import packed_linear
     from .paged_attention import paged_attention
     from .paged_latent_attention import paged_latent_attention
-    from .registry import CallSite, Choice, Implementation, implementations, select
+    from .registry import (
+        CallSite,
+        Choice,
+        Implementation,
+        NoImplementationError,
+        implementations,
+        select,
+    )
     from .rms_norm import add_rms_norm, rms_norm
     from .rope import rope
     from .rope_store_kv import rope_store_kv
+    from .row_linear import row_grouped_linear, row_linear
 
     __all__ = [
         "CallSite",
         "Choice",
         "Implementation",
+        "NoImplementationError",
         "add_rms_norm",
         "attention",
         "gelu_mul",
@@ -34,6 +43,8 @@ if __name__ == "fastgen.kernels":
         "rms_norm",
         "rope",
         "rope_store_kv",
+        "row_grouped_linear",
+        "row_linear",
         "select",
         "silu_mul",
     ]

@@ -139,8 +139,8 @@ def triton_refuses(call: CallSite) -> str | None:
 
 
 register("fastgen::silu_mul", "reference", silu_mul_reference)
-register("fastgen::silu_mul", "cpu", silu_mul_cpu, cpu_refuses)
+register("fastgen::silu_mul", "cpu", silu_mul_cpu, cpu_refuses, batch_invariant=True)
 register("fastgen::silu_mul", "triton", silu_mul_triton, triton_refuses)
 register("fastgen::gelu_mul", "reference", gelu_mul_reference)
-register("fastgen::gelu_mul", "cpu", gelu_mul_cpu, cpu_refuses)
+register("fastgen::gelu_mul", "cpu", gelu_mul_cpu, cpu_refuses, batch_invariant=True)
 register("fastgen::gelu_mul", "triton", gelu_mul_triton, triton_refuses)

@@ -69,4 +69,10 @@ def check_activation(activation: str) -> None:
 
 
 register("fastgen::packed_gated_linear", "reference", packed_gated_linear_reference)
-register("fastgen::packed_gated_linear", "cpu", packed_gated_linear_cpu, tiles_refuse)
+register(
+    "fastgen::packed_gated_linear",
+    "cpu",
+    packed_gated_linear_cpu,
+    tiles_refuse,
+    batch_invariant=True,
+)

@@ -104,4 +104,4 @@ def tiles_refuse(call: CallSite) -> str | None:
 
 register("fastgen::packed_linear", "reference", packed_linear_reference)
 register("fastgen::packed_linear", "onednn", packed_linear_onednn, onednn_refuses)
-register("fastgen::packed_linear", "cpu", packed_linear_cpu, cpu_refuses)
+register("fastgen::packed_linear", "cpu", packed_linear_cpu, cpu_refuses, batch_invariant=True)

@@ -22,7 +22,7 @@ from .attention import (
 )
 from .registry import CallSite, register
 
-_PAGED_ATTENTION = cpu.Kernel("paged_attention", "piipiipiippiiiiipipiippiididppb", "b")
+_PAGED_ATTENTION = cpu.Kernel("paged_attention", "piipiipiippiiiiipipiippiididipppbb", "b")
 
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -310,13 +310,93 @@ def paged_attention_cpu(
     alibi_slopes=None,
 ):
     """One call of C++ for all sequences: it writes the pages and reads them in place."""
+    return _attend_cpu(
+        query,
+        key,
+        value,
+        key_cache,
+        value_cache,
+        slot_mapping,
+        block_table,
+        query_start_loc,
+        seq_lens,
+        scale,
+        window,
+        softcap,
+        sinks,
+        chunk,
+        alibi_slopes,
+        True,
+    )
+
+
+@cpu.recordable
+def paged_attention_cpu_in_order(
+    query,
+    key,
+    value,
+    key_cache,
+    value_cache,
+    slot_mapping,
+    block_table,
+    query_start_loc,
+    seq_lens,
+    scale,
+    window,
+    softcap,
+    sinks,
+    chunk=0,
+    alibi_slopes=None,
+):
+    """The same, the slots of each sequence summed in order, however few the sequences are."""
+    return _attend_cpu(
+        query,
+        key,
+        value,
+        key_cache,
+        value_cache,
+        slot_mapping,
+        block_table,
+        query_start_loc,
+        seq_lens,
+        scale,
+        window,
+        softcap,
+        sinks,
+        chunk,
+        alibi_slopes,
+        False,
+    )
+
+
+def _attend_cpu(
+    query,
+    key,
+    value,
+    key_cache,
+    value_cache,
+    slot_mapping,
+    block_table,
+    query_start_loc,
+    seq_lens,
+    scale,
+    window,
+    softcap,
+    sinks,
+    chunk,
+    alibi_slopes,
+    splits,
+):
     query, key, value = (
         tensor if tensor.stride(2) == 1 else tensor.contiguous() for tensor in (query, key, value)
     )
     num_blocks, num_kv_heads, block_size, head_dim = key_cache.shape
     num_tokens, num_heads, _ = query.shape
     v_head_dim = value_cache.shape[3]
-    sinks = None if sinks is None else sinks.float().contiguous()
+    sinks, slopes = (
+        None if per_head is None else per_head.float().contiguous()
+        for per_head in (sinks, alibi_slopes)
+    )
     output = query.new_empty((num_tokens, num_heads, v_head_dim))
     error = _PAGED_ATTENTION[query.dtype](
         query.data_ptr(),
@@ -347,9 +427,12 @@ def paged_attention_cpu(
         scale,
         window,
         softcap,
+        chunk,
+        None if slopes is None else slopes.data_ptr(),
         None if sinks is None else sinks.data_ptr(),
         output.data_ptr(),
         cpu.num_threads(),
+        splits,
     )
     if error:
         raise ValueError(_CPU_ERRORS[error - 1])
@@ -372,8 +455,6 @@ def _has_several_dtypes(call: CallSite) -> bool:
 
 
 def cpu_refuses(call: CallSite) -> str | None:
-    if (why := refuses_chunk_or_alibi(call)) is not None:
-        return why
     if _has_several_dtypes(call):
         return "query, key, value and cache are of several dtypes"
     if call.args["key_cache"].shape[2] % 16:
@@ -450,5 +531,12 @@ def triton_refuses(call: CallSite) -> str | None:
 
 register("fastgen::paged_attention", "reference", paged_attention_reference)
 register("fastgen::paged_attention", "sdpa", paged_attention_sdpa, sdpa_refuses)
+register(
+    "fastgen::paged_attention",
+    "cpu, in order",
+    paged_attention_cpu_in_order,
+    cpu_refuses,
+    batch_invariant=True,
+)
 register("fastgen::paged_attention", "cpu", paged_attention_cpu, cpu_refuses)
 register("fastgen::paged_attention", "triton", paged_attention_triton, triton_refuses)

@@ -8,7 +8,8 @@
                  V_h comes last: out_h = V_h (softmax_h latent)
 
 Expanding costs rank * (nope + v) products per key and head, absorbing as many per query and head
-and more for each pair of the two: prompts are expanded, single tokens absorbed.
+and more for each pair of the two: prompts are expanded, single tokens absorbed. Where a token must
+be the same to the last bit in a prompt, a part of it and alone, all are absorbed.
 
 Source: DeepSeek-V2, arXiv:2405.04434.
 """
@@ -25,10 +26,12 @@ from .latent_attention import check_latents, expand_latents
 from .paged_attention import (
     cpu_refuses,
     paged_attention_cpu,
+    paged_attention_cpu_in_order,
     paged_attention_sdpa,
     read_cache,
 )
 from .registry import CallSite, register
+from .row_linear import multiply_rows
 
 # Slots of expanded keys come in multiples of this, as the C++ kernel takes them.
 _SLOTS = 16
@@ -245,6 +248,13 @@ def _read_cpu(query, keys, values, table, starts, lengths, scale, window):
     )
 
 
+def _read_cpu_in_order(query, keys, values, table, starts, lengths, scale, window):
+    new = keys[:, :, 0], values[:, :, 0]
+    return paged_attention_cpu_in_order(
+        query, *new, keys, values, None, table, starts, lengths, scale, window, 0.0, None
+    )
+
+
 def paged_latent_attention_sdpa(
     query,
     latent,
@@ -303,6 +313,36 @@ def paged_latent_attention_cpu(
     )
 
 
+def paged_latent_attention_cpu_in_order(
+    query,
+    latent,
+    k_rope,
+    weight,
+    cache,
+    slot_mapping,
+    block_table,
+    query_start_loc,
+    seq_lens,
+    scale,
+    window,
+):
+    """Every token absorbed, each product and sum in one order."""
+    write_latents(latent, k_rope, cache, slot_mapping)
+    num_tokens, num_heads, width = query.shape
+    rank, nope = latent.shape[1], width - k_rope.shape[1]
+    by_head = weight.unflatten(0, (num_heads, -1))
+    absorbed = query.new_empty((num_heads, num_tokens, rank))
+    for head, to in enumerate(absorbed):
+        multiply_rows(query[:, head, :nope], by_head[head, :nope].t(), None, to)
+    queries = torch.cat((absorbed.transpose(0, 1), query[..., nope:]), dim=-1)
+    batch = block_table, query_start_loc, seq_lens
+    mixed = _read_cpu_in_order(queries, cache, cache, *batch, scale, window)
+    values = query.new_empty((num_heads, num_tokens, by_head.shape[1] - nope))
+    for head, to in enumerate(values):
+        multiply_rows(mixed[:, head, :rank], by_head[head, nope:], None, to)
+    return values.transpose(0, 1).contiguous()
+
+
 def latent_cpu_refuses(call: CallSite) -> str | None:
     """As for `paged_attention`, whose kernel reads the pages."""
     args = {
@@ -318,4 +358,11 @@ def latent_cpu_refuses(call: CallSite) -> str | None:
 
 register("fastgen::paged_latent_attention", "reference", paged_latent_attention_reference)
 register("fastgen::paged_latent_attention", "sdpa", paged_latent_attention_sdpa)
+register(
+    "fastgen::paged_latent_attention",
+    "cpu, in order",
+    paged_latent_attention_cpu_in_order,
+    latent_cpu_refuses,
+    batch_invariant=True,
+)
 register("fastgen::paged_latent_attention", "cpu", paged_latent_attention_cpu, latent_cpu_refuses)

@@ -20,21 +20,34 @@ import torch
 class CallSite:
     """What is known of one call when its implementation is chosen.
 
-    args maps every argument of the schema to a fake tensor or a Python value.
+    args maps every argument of the schema to a fake tensor or a Python value. batch_invariant:
+    whether a token's result must not depend on what else is in the batch.
     """
 
     device: torch.device
     args: Mapping[str, Any]
+    batch_invariant: bool = False
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to run an op; `refuses` gives the reason why a call site cannot use it, or None."""
+    """One way to run an op; `refuses` gives the reason why a call site cannot use it, or None.
+
+    batch_invariant: Bit for bit, what it makes of a token depends on nothing but the token (in
+    attention, and its sequence): not on how many there are, where it stands, or the threads.
+    """
 
     op: str
     name: str
     function: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
     refuses: Callable[[CallSite], str | None]
+    batch_invariant: bool = False
+
+    def why_not(self, call: CallSite) -> str | None:
+        """Why it cannot run a call, or None."""
+        if call.batch_invariant and not self.batch_invariant:
+            return "its result depends on what else is in the batch"
+        return self.refuses(call)
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,10 @@ class Choice:
 
     implementation: Implementation
     refused: tuple[tuple[str, str], ...]
+
+
+class NoImplementationError(ValueError):
+    """No implementation takes a call; str() says of each why not."""
 
 
 _IMPLEMENTATIONS: dict[str, list[Implementation]] = {}
@@ -60,6 +77,7 @@ def register(
     name: str,
     function: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]],
     refuses: Callable[[CallSite], str | None] = lambda call: None,
+    batch_invariant: bool = False,
 ) -> None:
     """Add an implementation of `op`; the last one registered is asked first.
 
@@ -68,7 +86,9 @@ def register(
     expected, given = schema_argument_names(op), list(inspect.signature(function).parameters)
     if expected != given:
         raise TypeError(f"{op} implementation {name!r} must take {expected}, takes {given}")
-    _IMPLEMENTATIONS.setdefault(op, []).append(Implementation(op, name, function, refuses))
+    _IMPLEMENTATIONS.setdefault(op, []).append(
+        Implementation(op, name, function, refuses, batch_invariant)
+    )
 
 
 def implementations(op: str) -> list[Implementation]:
@@ -77,11 +97,14 @@ def implementations(op: str) -> list[Implementation]:
 
 
 def select(op: str, call: CallSite) -> Choice:
-    """The first implementation of `op` that takes this call site."""
+    """The first implementation of `op` that takes this call site.
+
+    Raises: NoImplementationError if none does, which only batch_invariant can bring about.
+    """
     refused = []
     for implementation in implementations(op):
-        why = implementation.refuses(call)
+        why = implementation.why_not(call)
         if why is None:
             return Choice(implementation, tuple(refused))
         refused.append((implementation.name, why))
-    raise AssertionError(f"{op} has no implementation that takes every call: {refused}")
+    raise NoImplementationError("; ".join(f"{name}: {why}" for name, why in refused))

@@ -209,8 +209,8 @@ def triton_refuses(call: CallSite) -> str | None:
 
 
 register("fastgen::rms_norm", "reference", rms_norm_reference)
-register("fastgen::rms_norm", "cpu", rms_norm_cpu, cpu_refuses)
+register("fastgen::rms_norm", "cpu", rms_norm_cpu, cpu_refuses, batch_invariant=True)
 register("fastgen::rms_norm", "triton", rms_norm_triton, triton_refuses)
 register("fastgen::add_rms_norm", "reference", add_rms_norm_reference)
-register("fastgen::add_rms_norm", "cpu", add_rms_norm_cpu, cpu_refuses)
+register("fastgen::add_rms_norm", "cpu", add_rms_norm_cpu, cpu_refuses, batch_invariant=True)
 register("fastgen::add_rms_norm", "triton", add_rms_norm_triton, triton_refuses)

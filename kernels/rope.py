@@ -162,5 +162,5 @@ def triton_refuses(call: CallSite) -> str | None:
 
 
 register("fastgen::rope", "reference", rope_reference)
-register("fastgen::rope", "cpu", rope_cpu, cpu_refuses)
+register("fastgen::rope", "cpu", rope_cpu, cpu_refuses, batch_invariant=True)
 register("fastgen::rope", "triton", rope_triton, triton_refuses)

@@ -91,6 +91,7 @@ class CapturedGraph:
     (tied, parametrised, storage shared), known only where the live model is at hand.
     pack_budget_bytes: what packed copies of weights may take. keeps_sequences_apart: whether that
     was seen when the graph was run; not with weights that say nothing. check_seconds: what it took.
+    deterministic: whether a token's bits must not depend on what else is in the batch.
     """
 
     module: fx.GraphModule
@@ -102,6 +103,7 @@ class CapturedGraph:
     pack_budget_bytes: int = 0
     keeps_sequences_apart: bool = False
     check_seconds: float = 0.0
+    deterministic: bool = False
 
     @property
     def graph(self) -> fx.Graph:

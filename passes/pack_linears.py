@@ -68,6 +68,8 @@ def refusal_to_pack(
     if layout not in (None, "onednn") and (why := packing.why_not_tiles(value)) is not None:
         return why
     layout = layout or packing.layout_of(value)
+    if layout == "onednn" and captured.deterministic:
+        return "deterministic=True, and oneDNN's sums depend on the number of rows"
     if _packed(captured, InputSpec("packed", spec.target, layout)) is not None:
         return None
     wanted = packing.packed_bytes(value.shape, layout)

@@ -73,6 +73,7 @@ def test_config_defaults():
         "weight_check": "sampled",
         "prefix_cache": True,
         "graph_cache": True,
+        "deterministic": False,
         "gpu_memory_utilization": 0.9,
         "enforce_eager": False,
         "pack": "auto",

@@ -16,6 +16,7 @@ from .. import Engine, SamplingParams, api
 from .machine import peak_rss_bytes, reset_peak_rss
 from .workloads import Workload
 
+DETERMINISTIC = "fastgen, deterministic"
 SLOW_PART = 8  # requests that the slowest peer runs of a workload; it is marked so
 
 
@@ -43,9 +44,11 @@ class Measurement:
         return self.output_tokens / self.seconds
 
 
-def run_fastgen(model: Any, workload: Workload, block_size: int) -> Measurement:
+def run_fastgen(
+    model: Any, workload: Workload, block_size: int, deterministic: bool = False
+) -> Measurement:
     """A fresh engine, warmed up by one tiny request; the prefix cache is empty."""
-    api.optimize(model, block_size=block_size)
+    api.optimize(model, block_size=block_size, deterministic=deterministic)
     try:
         with Engine(model) as engine:
             engine.generate([[1, 2, 3]], SamplingParams(max_tokens=2, temperature=0.0))
@@ -68,7 +71,7 @@ def run_fastgen(model: Any, workload: Workload, block_size: int) -> Measurement:
     ttft = [output.metrics.ttft_ms for output in outputs if output.metrics.ttft_ms is not None]
     tpot = [output.metrics.tpot_ms for output in outputs if output.metrics.tpot_ms is not None]
     return Measurement(
-        "fastgen",
+        DETERMINISTIC if deterministic else "fastgen",
         seconds,
         sum(len(output.token_ids) for output in outputs),
         statistics.mean(ttft),
@@ -174,10 +177,19 @@ def _quiet() -> Iterator[None]:
 
 
 def engines_for(
-    model: Any, workload: Workload, block_size: int, transformers: bool
+    model: Any,
+    workload: Workload,
+    block_size: int,
+    transformers: bool,
+    deterministic: bool = False,
 ) -> list[Callable[[], Measurement]]:
-    """The engines of this process that can run a workload; transformers sees the model restored."""
+    """The engines of this process that can run a workload; transformers sees the model restored.
+
+    deterministic: Measure what fastgen's deterministic=True costs, too.
+    """
     engines: list[Callable[[], Measurement]] = [lambda: run_fastgen(model, workload, block_size)]
+    if deterministic:
+        engines.append(lambda: run_fastgen(model, workload, block_size, deterministic=True))
     if transformers:
         engines.append(lambda: run_one_by_one(model, workload))
         if not workload.sequential:

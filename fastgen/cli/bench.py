@@ -21,7 +21,7 @@ import torch
 
 from .. import __version__
 from ..bench import peers, startup
-from ..bench.engines import Measurement, engines_for, measure
+from ..bench.engines import DETERMINISTIC, Measurement, engines_for, measure
 from ..bench.fresh import run_fresh
 from ..bench.machine import measure_machine
 from ..bench.parity import check_parity
@@ -56,6 +56,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="default: 3, medians are shown")
     parser.add_argument("--block-size", type=int, default=16, help="16, 32 or 64; default: 16")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="measure fastgen with deterministic=True beside fastgen",
+    )
     parser.add_argument("--no-peers", action="store_true", help="measure fastgen alone")
     parser.add_argument("--no-transformers", action="store_true", help="leave transformers out")
     parser.add_argument(
@@ -170,7 +175,9 @@ def run_workload(arguments: argparse.Namespace) -> dict[str, Any]:
         print(json.dumps(result, indent=2))
         raise ValueError("the parity gate failed: tokens or logits differ from transformers'")
     transformers = not (arguments.no_peers or arguments.no_transformers)
-    engines = engines_for(model, workload, arguments.block_size, transformers)
+    engines = engines_for(
+        model, workload, arguments.block_size, transformers, arguments.deterministic
+    )
     threads = torch.get_num_threads()
     with peers.loaded(chosen, model, arguments.dtype, workload, threads) as loaded:
         turns = [functools.partial(peer.turn, workload) for peer in loaded]
@@ -264,6 +271,15 @@ def summarize(rounds: list[Measurement]) -> list[dict[str, Any]]:
     return rows
 
 
+def cost_of_determinism(rows: list[dict[str, Any]]) -> str | None:
+    """What deterministic=True costs, if it was measured."""
+    for row in rows:
+        if row["engine"] == DETERMINISTIC:
+            cost = row["fastgen_is_faster_by"] - 1
+            return f"deterministic=True takes {cost:.1%} more time per token"
+    return None
+
+
 def shares(model: Any, result: dict[str, Any]) -> dict[str, float]:
     """What share of the machine fastgen's run used: weights read per second, FLOP/s of linears."""
     fastgen, machine = result["engines"][0], result["machine"]
@@ -318,6 +334,8 @@ def show(result: dict[str, Any]) -> None:
     console.print(table)
     for peer in result["peers"]:
         console.print(peers.describe(peer))
+    if (cost := cost_of_determinism(result["engines"])) is not None:
+        console.print(cost)
     share = result["shares"]
     console.print(
         f"machine: reads {machine['read_gb_per_s']:.1f} GB/s, GEMM "

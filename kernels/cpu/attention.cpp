@@ -4,7 +4,7 @@
 // The work is cut into tiles of queries of one sequence and KV head, the heads of the KV head's
 // group together, sized so that there are several for each thread. Where one alone would keep a
 // thread from the others (few sequences, one of them long), its slots are cut into parts as well,
-// and joined at the end. The longest come first.
+// if the caller allows it, and joined at the end. The longest come first.
 
 #include "attention.h"
 #include "call.h"
@@ -88,10 +88,10 @@ struct Plan {
   std::vector<std::pair<int64_t, int64_t>> order;  // (cost, index into works), the dearest first
   int64_t most_rows = 0, sums = 0;                 // sums: floats that parts need
 
-  Error make(const Step& step, const Batch& batch, int64_t num_threads);
+  Error make(const Step& step, const Batch& batch, int64_t num_threads, bool splits);
 };
 
-Error Plan::make(const Step& step, const Batch& batch, int64_t num_threads) {
+Error Plan::make(const Step& step, const Batch& batch, int64_t num_threads, bool splits) {
   works.clear();
   order.clear();
   most_rows = sums = 0;
@@ -114,21 +114,19 @@ Error Plan::make(const Step& step, const Batch& batch, int64_t num_threads) {
       const int64_t tokens = std::min(tile, count - token);
       const int64_t position = length - count + token;
       const int64_t last = std::max<int64_t>(0, position + tokens);
-      const int64_t first =
-          step.window ? std::min(last, std::max<int64_t>(0, position - step.window + 1)) : 0;
+      const int64_t first = std::min(last, first_seen(step, position));
       works.push_back({s, start + token, tokens, position, first, last, 0, 1, 0});
       most_rows = std::max(most_rows, tokens * step.group);
       total += cost(works.back());
     }
     const int32_t* blocks = batch.table + s * batch.table_stride;
-    const int64_t seen =
-        step.window ? std::max<int64_t>(0, length - count - step.window + 1) : 0;
+    const int64_t seen = first_seen(step, length - count);
     for (int64_t block = seen / step.block_size; block * step.block_size < length; ++block)
       if (blocks[block] < 0 || blocks[block] >= step.num_blocks) return kNoSuchBlock;
   }
   const int64_t bearable = total * step.num_kv_heads / (2 * num_threads) + 1;
   const int64_t stride = round_up(step.v_width, kStep);
-  for (size_t i = 0, num_tiles = works.size(); num_threads > 1 && i < num_tiles; ++i) {
+  for (size_t i = 0, num_tiles = works.size(); splits && num_threads > 1 && i < num_tiles; ++i) {
     const Work whole = works[i];
     const int64_t slots = whole.last - whole.first;
     const int64_t parts = std::min(cost(whole) / bearable + 1, slots / kShortestPart);
@@ -218,13 +216,13 @@ Attend best(bf16) {
 
 template <typename T>
 Error run(const Step& step, const Batch& batch, const New& key, const New& value, void* key_cache,
-          void* value_cache, const float* sinks, T* output, int num_threads) {
+          void* value_cache, const float* sinks, T* output, int num_threads, bool splits) {
   static thread_local Plan plan;
   static thread_local Memory parts;
   const int64_t num_slots = step.num_blocks * step.block_size;
   for (int64_t token = 0; batch.slots && token < batch.num_tokens; ++token)
     if (batch.slots[token] >= num_slots) return kNoSuchSlot;
-  if (const Error error = plan.make(step, batch, num_threads)) return error;
+  if (const Error error = plan.make(step, batch, num_threads, splits)) return error;
 
   const Attend attend = best(T{});
   const int64_t stride = round_up(step.v_width, kStep);
@@ -292,7 +290,9 @@ Error run(const Step& step, const Batch& batch, const New& key, const New& value
 }  // namespace
 }  // namespace attention
 
-// The C interface. Strides are in elements; the caches and the output are contiguous.
+// The C interface. Strides are in elements; the caches and the output are contiguous. Without
+// `splits` a sequence's slots are summed in order, so that a token's result does not depend on what
+// else there is to do.
 // Returns 0, or which of the arguments do not fit each other (Error); nothing is written then.
 #define PAGED_ATTENTION(T, NAME)                                                                  \
   extern "C" int paged_attention_##NAME(                                                          \
@@ -303,16 +303,17 @@ Error run(const Step& step, const Batch& batch, const New& key, const New& value
       int64_t v_width, const int64_t* slots, int64_t num_tokens, const int32_t* table,            \
       int64_t table_stride, int64_t table_width, const int32_t* starts, const int32_t* lengths,   \
       int64_t num_sequences, int64_t group, double scale, int64_t window, double softcap,         \
-      const float* sinks, T* output, int num_threads) {                                           \
+      int64_t chunk, const float* slopes, const float* sinks, T* output, int num_threads,         \
+      bool splits) {                                                                              \
     const attention::Step step{query,      query_token_stride, query_head_stride, key_cache,      \
                                value_cache, num_blocks,         num_kv_heads,      block_size,    \
                                width,       v_width,            group,             float(scale),  \
-                               float(softcap), window};                                           \
+                               float(softcap), window, chunk, slopes};                            \
     const attention::Batch batch{num_tokens,   num_sequences, slots,  table,                      \
                                  table_stride, table_width,   starts, lengths};                   \
     return attention::run<T>(step, batch, {key, key_token_stride, key_head_stride},               \
                              {value, value_token_stride, value_head_stride}, key_cache,           \
-                             value_cache, sinks, output, num_threads);                            \
+                             value_cache, sinks, output, num_threads, splits);                    \
   }                                                                                               \
   CALLABLE(paged_attention_##NAME)
 

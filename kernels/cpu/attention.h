@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
@@ -27,8 +28,17 @@ struct Step {
   int64_t num_blocks, num_kv_heads, block_size, width, v_width;
   int64_t group;  // query heads that share a KV head
   float scale, softcap;
-  int64_t window;
+  int64_t window, chunk;
+  const float* slopes;  // [num_kv_heads * group] or null
 };
+
+// The first slot that a query at this position sees.
+inline int64_t first_seen(const Step& step, int64_t position) {
+  int64_t slot = 0;
+  if (step.window) slot = position - step.window + 1;
+  if (step.chunk) slot = std::max(slot, position / step.chunk * step.chunk);
+  return std::max<int64_t>(0, slot);
+}
 
 // Queries of one sequence and KV head, and the slots from `first` to `last` of those they see.
 // Their rows are the tokens' heads: row t * group + g.

@@ -131,15 +131,15 @@ struct Pairs {
   }
 
   static float weigh(float* scores, int64_t count, int64_t from, int64_t to, const Step& step,
-                     float* largest, float* sum) {
+                     const Bias& bias, float* largest, float* sum) {
     auto* weights = reinterpret_cast<bf16*>(scores);  // never ahead of the scores that are read
     if (from >= to) {
       std::memset(weights, 0, count * sizeof(bf16));
       return 1.0f;
     }
     float scale = step.scale;
-    if (step.softcap != 0.0f || scale <= 0.0f) {
-      scale_scores(scores, from, to, step);
+    if (step.softcap != 0.0f || scale <= 0.0f || step.slopes) {
+      scale_scores(scores, from, to, step, bias);
       scale = 1.0f;
     }
     const auto seen = [&](int64_t s) {  // which of 16 slots

@@ -104,13 +104,13 @@ struct Plain {
   }
 
   static float weigh(float* scores, int64_t count, int64_t from, int64_t to, const Step& step,
-                     float* largest, float* sum) {
+                     const Bias& bias, float* largest, float* sum) {
     if (from >= to) {
       std::fill(scores, scores + count, 0.0f);
       return 1.0f;
     }
     float most = *largest;
-    scale_scores(scores, from, to, step);
+    scale_scores(scores, from, to, step, bias);
 #pragma omp simd reduction(max : most)
     for (int64_t s = from; s < to; ++s) most = std::max(most, scores[s]);
     float added = 0.0f;

@@ -13,9 +13,9 @@
 //   pack_values(from, count, to, panel, width, padded): 16 slots of all panels; from slot `count`
 //                               on zeros
 //   multiply(left, left_stride, right, panel, sums, stride, rows, columns, depth, add)
-//   weigh(scores, count, from, to, step, largest, sum): makes the scores of slots from..to of one row
-//                               weights (Number) in place, the others zero; returns the factor by
-//                               which all sums before shrink
+//   weigh(scores, count, from, to, step, bias, largest, sum): makes the scores of slots from..to of
+//                               one row weights (Number) in place, the others zero; returns the
+//                               factor by which all sums before shrink
 
 #pragma once
 
@@ -83,7 +83,14 @@ inline float hyperbolic_tangent(float x) {
   return t / (t + 2.0f);
 }
 
-inline void scale_scores(float* scores, int64_t from, int64_t to, const Step& step) {
+// What a row's scores get for their distance: slope * (slot - position), counted as its scores are.
+struct Bias {
+  float slope;
+  int64_t position;
+};
+
+inline void scale_scores(float* scores, int64_t from, int64_t to, const Step& step,
+                         const Bias& bias) {
   if (step.softcap == 0.0f) {
 #pragma omp simd
     for (int64_t s = from; s < to; ++s) scores[s] *= step.scale;
@@ -92,6 +99,10 @@ inline void scale_scores(float* scores, int64_t from, int64_t to, const Step& st
     for (int64_t s = from; s < to; ++s)
       scores[s] = step.softcap * hyperbolic_tangent(scores[s] * step.scale / step.softcap);
   }
+  if (!step.slopes) return;
+#pragma omp simd
+  for (int64_t s = from; s < to; ++s)
+    scores[s] = __builtin_fmaf(bias.slope, float(int32_t(s - bias.position)), scores[s]);
 }
 
 inline void prefetch(const void* at, int64_t bytes) {
@@ -118,7 +129,9 @@ void attend_tile(const Step& step, const Tile& tile, const Sums& out, char* scra
   std::fill(out.sum, out.sum + rows, 0.0f);
   std::memset(out.values, 0, padded_rows * v_width * sizeof(float));
 
-  for (int64_t start = tile.first / kStep * kStep; start < tile.last; start += kStretch) {
+  // Stretches begin at the same slots whatever the tile is: which slots are summed together is then
+  // the same for a token that comes alone and in a chunk of its prompt.
+  for (int64_t start = tile.first / kStretch * kStretch; start < tile.last; start += kStretch) {
     const int64_t slots = std::min(kStretch, round_up(tile.last - start, kStep));
     // Slots that are not seen may hold anything, and their table entries too: zeros take their place.
     for (int64_t i = 0; i < slots; i += kPage) {
@@ -147,7 +160,8 @@ void attend_tile(const Step& step, const Tile& tile, const Sums& out, char* scra
       // Positions of the first and the last of these rows, and the slots that any of them sees.
       const int64_t low = tile.position + row / group;
       const int64_t high = tile.position + (row + count - 1) / group;
-      const int64_t seen_from = step.window ? std::max(start, low - step.window + 1) : start;
+      const int64_t seen_from =
+          std::max({start, tile.first, first_seen(step, low)});
       const int64_t from = (seen_from - start) / kStep * kStep;
       const int64_t to = std::min(slots, round_up(std::max<int64_t>(0, high + 1 - start), kStep));
       if (from >= to) continue;
@@ -158,11 +172,13 @@ void attend_tile(const Step& step, const Tile& tile, const Sums& out, char* scra
         // This row's slots, counted from `from`.
         const int64_t position = tile.position + (row + r) / group - start - from;
         const int64_t past = std::min({position + 1, to - from, tile.last - start - from});
-        const int64_t since = std::max(
-            step.window ? position - step.window + 1 : 0, tile.first - start - from);
+        const int64_t first = std::max(tile.first, first_seen(step, position + start + from));
+        const int64_t since = std::max<int64_t>(0, first - start - from);
+        const int64_t query_head = tile.head * group + (row + r) % group;
+        const Bias bias{step.slopes ? step.slopes[query_head] : 0.0f, position};
         const float shrink =
-            Level::weigh(buffers.scores + r * kStretch, to - from, std::max<int64_t>(0, since),
-                         std::max<int64_t>(0, past), step, out.largest + row + r,
+            Level::weigh(buffers.scores + r * kStretch, to - from, since,
+                         std::max<int64_t>(0, past), step, bias, out.largest + row + r,
                          out.sum + row + r);
         if (shrink == 1.0f) continue;
         float* values = out.values + (row + r) * v_width;

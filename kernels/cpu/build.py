@@ -30,6 +30,7 @@ _SOURCES = (
     "elementwise.cpp",
     "linear.cpp",
     "program.cpp",
+    "row_linear.cpp",
 )
 _HEADERS = (
     "amx.h",

@@ -14,6 +14,7 @@ from fastgen.bench import engines, machine, startup
 from fastgen.bench.parity import check_parity
 from fastgen.bench.plot import plot_bars
 from fastgen.bench.workloads import Workload, make_workload
+from fastgen.cli.bench import cost_of_determinism, summarize
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -50,6 +51,29 @@ def test_sequential_requests_are_timed_one_by_one(bench_model):
     for item in measured:
         assert item.all_ttft_ms is not None
         assert len(item.all_ttft_ms) == 2
+
+
+def test_deterministic_takes_its_turn_beside_fastgen(bench_model, monkeypatch):
+    seen, optimize = [], engines.api.optimize
+    monkeypatch.setattr(
+        engines.api,
+        "optimize",
+        lambda model, **given: seen.append(given["deterministic"]) or optimize(model, **given),
+    )
+    workload = Workload("short", [([1] * 20, 2), ([2] * 40, 2)])
+    turns = engines.engines_for(bench_model, workload, 16, False, deterministic=True)
+    measured = engines.measure(turns, rounds=2)
+    assert seen == [False, True, False, True]
+    assert [item.engine for item in measured] == ["fastgen", engines.DETERMINISTIC] * 2
+    assert [item.output_tokens for item in measured] == [4] * 4
+
+
+def test_the_cost_of_deterministic_is_told():
+    seconds = {"fastgen": 4.0, engines.DETERMINISTIC: 5.0, "transformers": 9.0}
+    rounds = [engines.Measurement(name, time, 240) for name, time in seconds.items()]
+    rows = summarize(rounds)
+    assert cost_of_determinism(rows) == "deterministic=True takes 25.0% more time per token"
+    assert cost_of_determinism(rows[:1]) is None
 
 
 def test_a_prompt_may_hold_the_padding_token(bench_model):

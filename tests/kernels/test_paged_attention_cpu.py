@@ -80,6 +80,18 @@ def test_windows_smaller_and_larger_than_a_tile(dtype, window):
     check(Case(LONG, heads=(4, 2), head_dim=64, v_head_dim=32, dtype=dtype, settings=settings))
 
 
+@pytest.mark.parametrize("chunk", [1, 20, 32, 100, 256, 300, 1000])
+def test_chunks_of_positions_smaller_and_larger_than_a_tile(dtype, chunk):
+    settings = {"chunk": chunk}
+    check(Case(LONG, heads=(4, 2), head_dim=64, v_head_dim=32, dtype=dtype, settings=settings))
+
+
+@pytest.mark.parametrize("others", [{}, {"window": 300}, {"scale": -0.1}], ids=str)
+def test_slopes_of_each_head(dtype, others):
+    settings = {"alibi_slopes": torch.linspace(0.5, 0.001, 6), **others}
+    check(Case(LONG, heads=(6, 2), head_dim=64, v_head_dim=32, dtype=dtype, settings=settings))
+
+
 SETTINGS = [
     pytest.param({"softcap": 2.0}, id="softcap"),
     pytest.param({"softcap": 50.0, "scale": 2.0}, id="wide-softcap"),
