@@ -8,12 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 from .errors import InvalidRequestError
+from .limits import INT32_MAX, LIMITS
 
-INT32_MAX = 2**31 - 1
 SEED_MAX = 2**63 - 1
-MAX_OUTPUTS = 16384  # of one prompt: a caller's mistake must not fill the memory
-MAX_LOGPROBS = 1000  # per token, for the same reason
-MAX_DEADLINE_SECONDS = 1e7
 CODEGENS = ("auto", "direct", "inductor")
 WEIGHT_CHECKS = ("sampled", "full", "manual")
 MIN_REPETITION_PENALTY = 1e-6  # logits divided by less could leave fp32
@@ -37,6 +34,22 @@ def check_float(
         raise error(f"{name} must be a number, got {value!r} ({type(value).__name__})")
     if not low <= value <= high:  # false for NaN too
         raise error(f"{name} must be a finite number between {low} and {high}, got {value}")
+
+
+def check_limit(name: str, value: object) -> None:
+    """Raise InvalidRequestError unless a number is within its limit (`fastgen.limits`)."""
+    limit = LIMITS[name]
+    check = check_float if isinstance(limit.high, float) else check_int
+    check(name, value, limit.low, limit.high, InvalidRequestError)  # pyright: ignore
+
+
+def check_length(name: str, value: Collection[Any], unit: str = "") -> None:
+    """Raise InvalidRequestError unless there are as many as the limit allows."""
+    limit = LIMITS[name]
+    if not limit.low <= len(value) <= limit.high:
+        raise InvalidRequestError(
+            f"{name} must have {limit.low} to {limit.high} {unit or limit.unit}, got {len(value)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -211,8 +224,8 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         error = InvalidRequestError
-        check_int("n", self.n, 1, MAX_OUTPUTS, error)
-        check_int("max_tokens", self.max_tokens, 1, INT32_MAX, error)
+        check_limit("n", self.n)
+        check_limit("max_tokens", self.max_tokens)
         check_int("min_tokens", self.min_tokens, 0, self.max_tokens, error)
         check_float("temperature", self.temperature, 0.0, 1e6, error)
         check_int("top_k", self.top_k, -1, INT32_MAX, error)
@@ -227,7 +240,7 @@ class SamplingParams:
         check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0, error)
         for name in ("logprobs", "processed_logprobs", "prompt_logprobs"):
             if (count := getattr(self, name)) is not None:
-                check_int(name, count, 0, MAX_LOGPROBS, error)
+                check_limit(name, count)
         if self.seed is not None:
             check_int("seed", self.seed, 0, SEED_MAX, error)
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
@@ -235,13 +248,15 @@ class SamplingParams:
                 raise error(f"{name} must be a bool, got {getattr(self, name)!r}")
         if not isinstance(self.logit_bias, Mapping):
             raise error(f"logit_bias must be a dict of token ids, got {self.logit_bias!r}")
+        check_length("logit_bias", self.logit_bias)
         for token_id, bias in self.logit_bias.items():
             check_int("each key of logit_bias", token_id, 0, INT32_MAX, error)
-            check_float("each value of logit_bias", bias, -100.0, 100.0, error)
+            check_limit("logit_bias[i]", bias)
         # Frozen, and not the caller's own objects.
         set_field = object.__setattr__
         set_field(self, "logit_bias", dict(self.logit_bias))
         set_field(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
+        check_length("stop_token_ids", self.stop_token_ids)
         if self.allowed_token_ids is not None:
             allowed = _token_ids("allowed_token_ids", self.allowed_token_ids)
             if not allowed:
@@ -250,6 +265,9 @@ class SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         if not _is_list(stop) or not all(isinstance(item, str) and item for item in stop):
             raise error(f"stop must be a str or a list of str, none empty, got {self.stop!r}")
+        check_length("stop", stop)
+        for item in stop:
+            check_length("stop[i]", item)
         set_field(self, "stop", tuple(stop))
         set_field(self, "bad_words", _bad_words(self.bad_words))
 
@@ -273,11 +291,13 @@ def _token_ids(name: str, value: object) -> tuple[int, ...]:
 def _bad_words(value: object) -> tuple[str | tuple[int, ...], ...]:
     if not _is_list(value):
         raise InvalidRequestError(f"bad_words must be a list of words, got {value!r}")
+    check_length("bad_words", value)
     words = []
     for word in value:
         if not isinstance(word, str):
             word = _token_ids("bad_words", word)
         if not word:
             raise InvalidRequestError("a bad word must not be empty")
+        check_length("bad_words[i]", word)
         words.append(word)
     return tuple(words)

@@ -7,14 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from . import api
-from .config import (
-    INT32_MAX,
-    MAX_DEADLINE_SECONDS,
-    Config,
-    SamplingParams,
-    check_float,
-    check_int,
-)
+from .config import Config, SamplingParams, check_limit
 from .engine.engine import EngineCore, failure
 from .engine.request import Request
 from .engine.token_reader import News, TokenReader
@@ -246,10 +239,10 @@ class Engine:
             raise InvalidRequestError(f"params must be SamplingParams, got {params!r}")
         if cache_salt is not None and not isinstance(cache_salt, str):
             raise InvalidRequestError(f"cache_salt must be a str, got {cache_salt!r}")
-        check_int("priority", priority, -INT32_MAX, INT32_MAX, InvalidRequestError)
+        check_limit("priority", priority)
         deadline = None
         if deadline_s is not None:
-            check_float("deadline_s", deadline_s, 0.0, MAX_DEADLINE_SECONDS, InvalidRequestError)
+            check_limit("deadline_s", deadline_s)
             deadline = time.perf_counter() + deadline_s
         if params.stop and self.tokenizer is None:
             raise InvalidRequestError("stop strings need a tokenizer: Engine(model, tokenizer)")

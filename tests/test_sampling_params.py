@@ -13,8 +13,6 @@ import torch
 from field_cases import HUGE, NOT_INTS, NOT_NUMBERS, cases, check_refused, value_id
 
 from fastgen.config import (
-    MAX_LOGPROBS,
-    MAX_OUTPUTS,
     MIN_REPETITION_PENALTY,
     SEED_MAX,
     SamplingParams,
@@ -22,8 +20,9 @@ from fastgen.config import (
     check_int,
 )
 from fastgen.errors import FastgenError, InvalidRequestError
+from fastgen.limits import INT32_MAX, LIMITS
 
-INT32_MAX = 2**31 - 1
+MAX_OUTPUTS, MAX_LOGPROBS = LIMITS["n"].high, LIMITS["logprobs"].high
 NOT_BOOLS = [0, 1, "yes", "", None, 1.0, [True]]
 NOT_TOKEN_IDS = [[-1], [2**31], [2**63], [1.0], [True], ["a"], [None], [[1]], [np.int64(1)]]
 NOT_LISTS = [5, 1.5, True, "ab", b"ab", {1: 2}, range(3), iter([1]), object()]

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from ..config import INT32_MAX, SamplingParams
+from ..config import SamplingParams
 from ..engine.request import Request
+from ..limits import INT32_MAX
 from .prepared import PreparedCall, TransformersLoop
 
 

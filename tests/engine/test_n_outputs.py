@@ -24,9 +24,10 @@ from tiny_models import prompts
 
 import fastgen
 from fastgen import InvalidRequestError, RequestFailedError, SamplingParams
-from fastgen.config import MAX_OUTPUTS, SEED_MAX
+from fastgen.config import SEED_MAX
 from fastgen.engine import delivery
 from fastgen.engine.engine import EngineCore
+from fastgen.limits import LIMITS
 
 
 def sampled(n: int = 1, seed: int | None = 7, max_tokens: int = 10, **fields) -> SamplingParams:
@@ -197,9 +198,9 @@ def test_prompt_is_checked_once(engine, expected, monkeypatch):
     core, checked = core_of(engine), []
     monkeypatch.setattr(core, "check", checked.append)
     monkeypatch.setattr(core._mailbox, "post", lambda message: None)
-    request = engine.submit(expected[0][0], sampled(MAX_OUTPUTS))
+    request = engine.submit(expected[0][0], sampled(LIMITS["n"].high))
     assert len(checked) == 1
-    assert len(request.outputs) == MAX_OUTPUTS
+    assert len(request.outputs) == LIMITS["n"].high
     assert all(each.outputs is request.outputs for each in request.outputs)
 
 
