@@ -62,7 +62,8 @@ def test_a_cache_that_forgets_part_of_a_chunk_is_refused(monkeypatch):
             super().__init__(*args, **kwargs)
             self.layers = [kept(sliding_window=7) for _ in range(2)]
 
-    monkeypatch.setattr(transformers, "DynamicCache", Forgetful)
+    # By name: transformers puts another module in its place while it imports its processors.
+    monkeypatch.setattr("transformers.DynamicCache", Forgetful)
     with pytest.raises(UnsupportedModelError, match=r"layer 0 has a mask with chunks of 8"):
         capture(model)
 
