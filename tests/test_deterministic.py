@@ -236,7 +236,10 @@ def rows_of(outputs, row: int) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(F32, id="fp32"), pytest.param(BF16, id="bf16", marks=pytest.mark.slow)],
+)
 def test_hidden_states_and_embeddings_change_no_bit(dtype, ledger):
     """They run through other graphs, and so does what runs beside them."""
     model, ids = tiny_model("gemma2", dtype=dtype), torch.tensor(prompts(18, 18, 18))

@@ -30,6 +30,7 @@ def test_quickstart():
     )
 
 
+@pytest.mark.slow
 def test_gpu_check_dry_run(tmp_path):
     run(
         sys.executable, "examples/gpu_check.py", "--out", str(tmp_path), "--device", "cpu",
@@ -78,7 +79,16 @@ def readme_commands() -> list[str]:
     return [line.partition("#")[0].strip() for line in lines if line.partition("#")[0].strip()]
 
 
-@pytest.mark.parametrize("command", readme_commands())
+SLOW_COMMANDS = ("fastgen bench",)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(c, marks=pytest.mark.slow) if c.startswith(SLOW_COMMANDS) else c
+        for c in readme_commands()
+    ],
+)
 def test_readme_command(command, tmp_path):
     words = shlex.split(command)
     if words[0] == "fastgen":

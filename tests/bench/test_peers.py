@@ -160,6 +160,7 @@ def test_drivers_import_nothing_of_fastgen(driver):
             assert not any(alias.name.startswith("fastgen") for alias in node.names)
 
 
+@pytest.mark.slow
 def test_bench_goes_on_without_a_peer_that_fails(tmp_path):
     out = tmp_path / "result.json"
     result = subprocess.run(
