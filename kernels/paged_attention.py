@@ -391,6 +391,8 @@ def _attend_cpu(
         tensor if tensor.stride(2) == 1 else tensor.contiguous() for tensor in (query, key, value)
     )
     num_blocks, num_kv_heads, block_size, head_dim = key_cache.shape
+    if block_size % 16:
+        raise ValueError(f"block_size must be a multiple of 16, got {block_size}")
     num_tokens, num_heads, _ = query.shape
     v_head_dim = value_cache.shape[3]
     sinks, slopes = (

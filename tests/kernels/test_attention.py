@@ -228,7 +228,7 @@ def test_tiles_of_biased_scores_equal_one_tile(monkeypatch, rows_per_tile, atten
     assert_accurate(output, query[13:], key, value, 0.1, 20, chunk=30, alibi_slopes=SLOPES)
 
 
-@pytest.mark.parametrize("name", ["triton", "cpu"])
+@pytest.mark.parametrize("name", ["triton"])
 @pytest.mark.parametrize(
     "setting", [{"chunk": 4}, {"alibi_slopes": SLOPES}], ids=["chunk", "alibi"]
 )

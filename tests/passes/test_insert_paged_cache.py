@@ -341,7 +341,7 @@ def test_chunks_and_slopes_are_carried_over():
     assert (layer.chunk, layer.alibi, layer.counts_places(20)) == (6, True, True)
     choose_kernels(lowered := after.copy())
     assert all(node.target is not PAGED for node in lowered.graph.nodes)
-    cache = Cache(cache_spec(after), 20, block_size=4)
+    cache = Cache(cache_spec(after), 20, block_size=16)
     parts = [cache.run(lowered, module, x, *span) for span in ((0, 7), (7, 8), (8, 20))]
     torch.testing.assert_close(torch.cat(parts), evaluate(before, module, x))
 
