@@ -70,6 +70,7 @@ def test_cache_is_shown_and_cleared(tmp_path, monkeypatch):
     assert fastgen("cache").returncode == 2
 
 
+@pytest.mark.slow
 def test_bench_measures_after_the_parity_gate():
     result = fastgen(
         "bench", "--model", "demo", "--dtype", "float32", "--workload", "single",

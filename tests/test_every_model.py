@@ -117,6 +117,7 @@ def test_transformers_loop_is_no_native_answer(monkeypatch):
     assert "transformers' loop ran" in verdict.reason
 
 
+@pytest.mark.slow
 def test_a_process_that_takes_too_long_is_unproven(tmp_path):
     out = tmp_path / "models.json"
     done = walk("llama", "--cpu-seconds", "1", "--out", str(out))

@@ -79,7 +79,8 @@ def readme_commands() -> list[str]:
     return [line.partition("#")[0].strip() for line in lines if line.partition("#")[0].strip()]
 
 
-SLOW_COMMANDS = ("fastgen bench",)
+# Beside the first, what tests/test_cli.py runs in much the same way.
+SLOW_COMMANDS = ("fastgen bench", "fastgen demo", "fastgen generate", "fastgen explain")
 
 
 @pytest.mark.parametrize(

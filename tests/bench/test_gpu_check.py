@@ -59,6 +59,7 @@ def planted():
     file.unlink()
 
 
+@pytest.mark.slow
 def test_parts_that_fail_hang_or_die_cost_nothing_else(planted, tmp_path):
     given = [
         Part("hangs", f"{planted}:hangs", seconds=20),

@@ -92,6 +92,7 @@ def test_peak_memory_begins_anew():
     assert high - machine.peak_rss_bytes() > 128 << 20
 
 
+@pytest.mark.slow
 def test_startup_runs_in_fresh_processes():
     arguments = ["--model", "demo", "--workload", "startup", "--rounds", "1", "--json"]
     result = subprocess.run(

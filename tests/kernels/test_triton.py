@@ -48,12 +48,12 @@ def interpreted(*files: str, only: str = "") -> int:
 
 
 def test_interpreted_kernels_are_accurate():
-    """Each kernel in fp32 and bf16 against its reference; all shapes: the slow test below."""
+    """Each kernel in some shapes against its reference; all of them: the slow test below."""
     norms = "(896 or strided) and not fp16"
     assert interpreted("test_rms_norm.py", "test_gated_activation.py", only=norms) > 10
     assert interpreted("test_rope_store_kv.py", only="1-halves or block_sizes or slices") > 5
-    assert interpreted("test_attention.py", only="variants or 7q1kv and 80-63") > 10
-    assert interpreted("test_paged_attention.py", only="settings and 80") >= 14
+    assert interpreted("test_attention.py", only="variants and (together or window-16)") >= 2
+    assert interpreted("test_paged_attention.py", only="settings and 80 and bf16") >= 3
 
 
 @pytest.mark.slow

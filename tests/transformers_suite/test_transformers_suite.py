@@ -108,6 +108,7 @@ def toy_run(tmp_path_factory):
     return done.returncode, data["files"]["toy"], (out / "results.md").read_text()
 
 
+@pytest.mark.slow
 def test_each_test_is_of_its_kind(toy_run):
     _, toy, _ = toy_run
     kinds = {name.rpartition("::test_")[2]: kind for name, kind in toy["kinds"].items()}
