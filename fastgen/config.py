@@ -43,12 +43,12 @@ def check_limit(name: str, value: object) -> None:
     check(name, value, limit.low, limit.high, InvalidRequestError)  # pyright: ignore
 
 
-def check_length(name: str, value: Collection[Any], unit: str = "") -> None:
+def check_length(name: str, value: Collection[Any]) -> None:
     """Raise InvalidRequestError unless there are as many as the limit allows."""
     limit = LIMITS[name]
     if not limit.low <= len(value) <= limit.high:
         raise InvalidRequestError(
-            f"{name} must have {limit.low} to {limit.high} {unit or limit.unit}, got {len(value)}"
+            f"{name} must have {limit.low} to {limit.high} {limit.unit}, got {len(value)}"
         )
 
 
