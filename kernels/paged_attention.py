@@ -391,8 +391,6 @@ def _attend_cpu(
         tensor if tensor.stride(2) == 1 else tensor.contiguous() for tensor in (query, key, value)
     )
     num_blocks, num_kv_heads, block_size, head_dim = key_cache.shape
-    if block_size % 16:
-        raise ValueError(f"block_size must be a multiple of 16, got {block_size}")
     num_tokens, num_heads, _ = query.shape
     v_head_dim = value_cache.shape[3]
     sinks, slopes = (
@@ -448,6 +446,7 @@ _CPU_ERRORS = (
     "the block table must name blocks of the cache, has another for a token of a sequence",
     "slot_mapping must name slots of the cache, has one past its end",
     "query_start_loc must count tokens of the query, goes past its end",
+    "a block of the cache must have a multiple of 16 slots",
 )
 
 

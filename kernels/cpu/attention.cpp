@@ -33,7 +33,14 @@ constexpr int64_t kTilesPerThread = 4;  // wanted
 constexpr int64_t kShortestPart = 128;  // slots
 constexpr int64_t kPackingRows = 24;    // packing the slots takes as long as this many rows of them
 
-enum Error : int { kNone = 0, kShortTable = 1, kNoSuchBlock = 2, kNoSuchSlot = 3, kShortQuery = 4 };
+enum Error : int {
+  kNone = 0,
+  kShortTable = 1,
+  kNoSuchBlock = 2,
+  kNoSuchSlot = 3,
+  kShortQuery = 4,
+  kUnevenBlock = 5,
+};
 
 // Memory that a thread keeps between calls; what was in it is lost when it grows.
 struct Memory {
@@ -219,6 +226,7 @@ Error run(const Step& step, const Batch& batch, const New& key, const New& value
           void* value_cache, const float* sinks, T* output, int num_threads, bool splits) {
   static thread_local Plan plan;
   static thread_local Memory parts;
+  if (step.block_size % kPage) return kUnevenBlock;
   const int64_t num_slots = step.num_blocks * step.block_size;
   for (int64_t token = 0; batch.slots && token < batch.num_tokens; ++token)
     if (batch.slots[token] >= num_slots) return kNoSuchSlot;

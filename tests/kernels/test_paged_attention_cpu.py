@@ -191,9 +191,15 @@ def spoil_starts(arguments):
     arguments["query_start_loc"][-1] += 1
 
 
+def spoil_block_size(arguments):
+    for role in ("key_cache", "value_cache"):
+        arguments[role] = arguments[role][:, :, :12].contiguous()
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
+        (spoil_block_size, "must have a multiple of 16 slots"),
         (spoil_table_width, "block table must hold each sequence"),
         (spoil_block, "must name blocks of the cache"),
         (spoil_block_sign, "must name blocks of the cache"),
