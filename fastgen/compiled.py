@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -14,6 +14,7 @@ from .errors import UnsupportedModelError
 from .fix_batch_shapes import call_site, fix_batch_shapes
 from .fold_views import fold_views
 from .inductor import compile_with_inductor
+from .kernel_fallback import find_failing_kernel, use_reference
 from .kernels.cpu.program import Program
 from .native_code import compile_programs
 from .passes import CapturedGraph, InputSpec, Report, Variant, run_passes
@@ -71,20 +72,15 @@ class CompiledForward:
         if graph.deterministic:
             report.facts["by_row"] = fix_batch_shapes(lowered)
         report.kernels = choose_kernels(lowered)
+        self._is_deterministic = graph.deterministic
+        self._lowered = lowered
         self._programs: list[Program] = []
-        left: dict[str, int] = {}
         if codegen == "inductor":
             self._forward = compile_with_inductor(lowered)
+            report.facts |= {"codegen": "inductor", "programs": [], "not_in_programs": {}}
         else:
             fold_views(lowered.graph)
-            running = lowered.copy()
-            self._programs, left = compile_programs(running.graph)
-            running.module.recompile()
-            self._forward = running.module.forward
-        self.lowered = lowered.module
-        report.facts["codegen"] = "inductor" if codegen == "inductor" else "direct"
-        report.facts["programs"] = [program.num_calls for program in self._programs]
-        report.facts["not_in_programs"] = left
+            self._generate_directly()
         specs = list(self.inputs.values())
         self._batch_slots = [(i, s.target) for i, s in enumerate(specs) if s.kind == "batch"]
         self._cache_slots = [(i, s.target) for i, s in enumerate(specs) if s.kind == "cache"]
@@ -96,6 +92,47 @@ class CompiledForward:
             self.embeds_like = graph.placeholder("batch", "prompt_embeds").meta["val"]
         self._bound_cache: CacheTensors | None = None
         self.binding = 0
+
+    def _generate_directly(self) -> None:
+        """Have the graph's own Python call the kernels that were chosen."""
+        running = self._lowered.copy()
+        self._programs, left = compile_programs(running.graph)
+        running.module.recompile()
+        self._forward: Callable[..., Any] = running.module.forward
+        facts = self.report.facts
+        facts["codegen"], facts["not_in_programs"] = "direct", left
+        facts["programs"] = [program.num_calls for program in self._programs]
+
+    @property
+    def lowered(self) -> torch.fx.GraphModule:
+        return self._lowered.module
+
+    def fall_back(self, batch: Any, kv_cache: CacheTensors, error: Exception) -> str | None:
+        """After `run` has raised: have the reference instead of the kernel that fails.
+
+        Not in a deterministic graph, whose results may not come to depend on what failed.
+
+        Args:
+            batch, kv_cache: The step's, which runs again, node by node. error: What was raised.
+        Returns: the kernel and its op, or None if no kernel that has a reference fails.
+        """
+        if self._is_deterministic or isinstance(error, ValueError):
+            return None
+        failing = find_failing_kernel(self.lowered, self.arguments(batch, kv_cache))
+        if failing is None:
+            return None
+        count = use_reference(self.lowered.graph, failing)
+        self.lowered.recompile()
+        self._generate_directly()
+        self._forget_addresses()
+        rows = self.report.kernels[failing.op]
+        reference = kernels.implementations(failing.op)[-1].name
+        refused = dict(rows.pop(failing.name)["refused"])
+        refused[failing.name] = f"it failed while running: {type(error).__name__}: {error}"
+        row = rows.setdefault(reference, {"calls": 0, "refused": refused})
+        row["calls"] += count
+        row["refused"] |= refused
+        return f"{failing.name} of {failing.op}"
 
     def activation_bytes(self, num_tokens: int, num_rows: int) -> int:
         """Bytes of the values that live at once in a step, by formula; kernels' own come on top.

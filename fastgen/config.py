@@ -90,6 +90,8 @@ class Config:
             models on the CPU, with direct code; one with an operation for which that cannot be
             promised is refused by its name; calls that run in transformers' loop have no such
             promise. Bits may still differ between machines, versions, and what `pack` packed.
+        watchdog_s: Warn of a step, or of a caller whose processors, criteria or streamer choose the
+            next tokens of a batch, that takes longer, with its stack; None: never.
         graph_cache: Keep the rewritten graph on disk, in `FASTGEN_CACHE_DIR` or the user's cache
             folder, so that the next start of the same model does not trace it again.
     Raises: ValueError for a value out of range, TypeError for an unknown field.
@@ -111,6 +113,7 @@ class Config:
     codegen: str = "auto"
     graph_cache: bool = True
     deterministic: bool = False
+    watchdog_s: float | None = 60.0
 
     def __post_init__(self) -> None:
         check_int("max_num_seqs", self.max_num_seqs, 1, 1 << 16)
@@ -123,6 +126,8 @@ class Config:
             raise ValueError(f"block_size must be 16, 32 or 64, got {self.block_size!r}")
         if self.kv_cache_memory_bytes is not None:
             check_int("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1, 1 << 50)
+        if self.watchdog_s is not None:
+            check_float("watchdog_s", self.watchdog_s, 1e-3, 1e6)
         check_float("gpu_memory_utilization", self.gpu_memory_utilization, 0.01, 1.0)
         for name in ("prefix_cache", "graph_cache", "enforce_eager", "deterministic"):
             if not isinstance(getattr(self, name), bool):

@@ -97,7 +97,11 @@ class Engine:
         """
         core = self._core()
         requests = self._requests(prompt, params, cache_salt, priority, deadline_s)
-        core.submit_all(requests, max_queue=core.config.max_queue)
+        try:
+            core.submit_all(requests, max_queue=core.config.max_queue)
+        except BaseException:  # a KeyboardInterrupt, too: nobody else knows of them
+            core.cancel_all(requests, wait=False)
+            raise
         return requests[0]
 
     def stream(self, request: Request) -> Iterator[TokenEvent]:

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import weakref
 
 import pytest
@@ -357,9 +358,16 @@ def test_request_beyond_the_pool_is_named(model):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
-def test_ctrl_c_returns_the_blocks(optimized, sampled):
+def test_ctrl_c_returns_the_blocks(optimized, sampled, monkeypatch):
     expected = optimized.generate(IDS, **GREEDY)
     core = fastgen.api.require(optimized).engine()
+    run = core._runner.run
+
+    def run_slowly(output):
+        time.sleep(0.002)  # else the call might end before it is interrupted
+        return run(output)
+
+    monkeypatch.setattr(core._runner, "run", run_slowly)
     timer = threading.Timer(0.1, os.kill, args=(os.getpid(), signal.SIGINT))
     timer.start()
     with pytest.raises(KeyboardInterrupt):

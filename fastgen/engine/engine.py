@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,15 +32,20 @@ from .kv_cache import KVCache
 from .mailbox import Mailbox
 from .memory_plan import PoolSize
 from .metrics import MetricsRecorder
+from .one_shot import OneShot
+from .out_of_memory import TokenBudget, is_out_of_memory
 from .prefix_cache import root_digest
 from .request import Request, RequestStatus
 from .runner import Runner, smallest_covering
 from .sampler import SamplingState
-from .scheduler import Scheduler
+from .scheduler import Scheduler, SchedulerOutput
 from .threads import release_openmp_team
 from .variant_check import check_variant
+from .watchdog import Watchdog
 
 logger = logging.getLogger("fastgen")
+
+_FEWEST_BLOCKS = 2  # of a cache: the null block and another
 
 
 class EngineCore:
@@ -68,11 +73,16 @@ class EngineCore:
         self._runner: Runner | None = None
         self._sampling: dict[int, SamplingState] = {}
         self._recorder = MetricsRecorder()
-        self._waiting_for_idle: list[Future] = []
+        self._budget = TokenBudget(config.max_num_batched_tokens)
+        self._waiting_for_idle: list[OneShot] = []
         self._is_paused = False
         self._queue_lock = threading.Lock()
-        self._num_on_the_way = 0  # submitted, and not yet with the scheduler
+        # Submitted, and not yet with the scheduler. Weak: who is interrupted before a submission is
+        # posted leaves nothing here.
+        self._on_the_way: weakref.WeakSet[_Submission] = weakref.WeakSet()
         self._mailbox = Mailbox()
+        note = self._recorder.note
+        self.watchdog = Watchdog(config.watchdog_s, lambda: note("watchdog_warnings"))
         thread = threading.Thread(
             target=_run_engine,
             args=(weakref.ref(self), self._mailbox),
@@ -80,7 +90,7 @@ class EngineCore:
             daemon=True,
         )
         self._mailbox.thread = thread
-        self._closer = weakref.finalize(self, self._mailbox.close)
+        self._closer = weakref.finalize(self, _end_threads, self._mailbox, self.watchdog)
         thread.start()
 
     # Called from any thread.
@@ -137,15 +147,16 @@ class EngineCore:
             elif not request.sampling.greedy and request.group is None:
                 request.seed = int(torch.randint(SEED_MAX, ()))  # as torch.manual_seed governs
         with self._queue_lock:
-            num_waiting = self._num_on_the_way + self._num_waiting
+            num_waiting = self._num_waiting + sum(len(s.requests) for s in self._on_the_way)
             if max_queue is not None and num_waiting + len(requests) > max_queue:
                 self._recorder.note("queue_full")
                 raise QueueFullError(
                     f"{num_waiting} requests wait and {len(requests)} more are given; max_queue is "
                     f"{max_queue}: try again later, or raise it"
                 )
-            self._mailbox.post(lambda: self._admit(requests))
-            self._num_on_the_way += len(requests)
+            submission = _Submission(requests)
+            self._on_the_way.add(submission)
+            self._mailbox.post(lambda: self._admit(submission))
         release_openmp_team()  # the caller is about to wait
 
     def cancel_all(self, requests: Iterable[Request], wait: bool = True) -> None:
@@ -235,9 +246,9 @@ class EngineCore:
 
     def wait_idle(self) -> None:
         """Wait until no request is left. New ones must be kept away by the caller."""
-        idle: Future = Future()
+        idle = OneShot()
         self._mailbox.post(lambda: self._waiting_for_idle.append(idle))
-        idle.result()
+        idle.wait()
 
     def replace(self, compiled: CompiledForward, device: torch.device, max_model_len: int) -> None:
         """Go on with another graph, without variants, after all requests of the old one."""
@@ -313,11 +324,11 @@ class EngineCore:
     def _pool_size(self) -> PoolSize:
         return PoolSize(self.compiled, self.config, self.device, self.max_model_len, self.fills_gpu)
 
-    def _admit(self, requests: list[Request]) -> None:
+    def _admit(self, submission: _Submission) -> None:
         """Queue requests; what prevents it ends them."""
         with self._queue_lock:  # nobody counts them twice, or not at all
-            self._num_on_the_way -= len(requests)
-            self._queue(requests)
+            self._on_the_way.discard(submission)
+            self._queue(submission.requests)
 
     def _queue(self, requests: list[Request]) -> None:
         try:
@@ -353,8 +364,8 @@ class EngineCore:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)  # of this thread
             size = self._pool_size()
-            num_blocks = size.num_blocks()
-            cache = KVCache(self.compiled.spec, num_blocks, self.config.block_size, self.device)
+            cache = self._make_cache(size.num_blocks())
+            num_blocks = cache.num_blocks
             graphs = None
             if size.buckets:
                 graphs = DecodeGraphs(
@@ -365,14 +376,27 @@ class EngineCore:
                     min(size.longest_table, num_blocks),
                     CudaCapturer(self.device),
                 )
-            self._runner = Runner(self.compiled, cache, self.device, graphs, self.variants)
+            self._runner = Runner(
+                self.compiled, cache, self.device, graphs, self.variants, self._recorder.note
+            )
             self._scheduler = Scheduler(
                 BlockPool(num_blocks),
                 block_size=self.config.block_size,
                 max_num_seqs=self.config.max_num_seqs,
-                max_num_batched_tokens=self.config.max_num_batched_tokens,
+                max_num_batched_tokens=self._budget.tokens,
                 stats=self._recorder.scheduler_stats,
             )
+
+    def _make_cache(self, num_blocks: int) -> KVCache:
+        """A cache of so many blocks, or of fewer where there is no memory for them."""
+        while True:
+            try:
+                return KVCache(self.compiled.spec, num_blocks, self.config.block_size, self.device)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error) or num_blocks < 2 * _FEWEST_BLOCKS:
+                    raise
+            num_blocks //= 2
+            logger.warning("no memory for the KV cache; it is made with %d blocks", num_blocks)
 
     def _release(self, purpose: str) -> None:
         if self._scheduler is not None and self._scheduler.has_requests:
@@ -412,10 +436,15 @@ class EngineCore:
                 self._finish(delivered.requests[place], "error", error)
             self._append_all(delivered.requests, delivered.token_ids)
         except Exception as error:
+            if is_out_of_memory(error) and self._budget.shrink(output.num_tokens):
+                self._step_in_parts(output, error)
+                return True
             logger.exception("a step failed; its %d requests end", output.num_seqs)
             for item in output.scheduled:
                 self._finish(item.request, "error", error)
             return True
+        self._budget.ran()
+        self._scheduler.max_num_batched_tokens = self._budget.tokens
         self._recorder.step(
             output.num_tokens,
             delivered.num_logits,
@@ -425,6 +454,23 @@ class EngineCore:
         )
         return True
 
+    def _step_in_parts(self, output: SchedulerOutput, error: Exception) -> None:
+        """Undo a step that found no memory; its requests wait, and smaller steps follow."""
+        assert self._scheduler is not None
+        self._recorder.note("out_of_memory_steps")
+        logger.warning(
+            "no memory for a step of %d tokens; its %d requests start over in steps of %d: %s",
+            output.num_tokens,
+            output.num_seqs,
+            self._budget.tokens,
+            error,
+        )
+        error.__traceback__ = None  # its frames hold what the step had computed
+        self._scheduler.undo(output)
+        self._scheduler.max_num_batched_tokens = self._budget.tokens
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what torch keeps may be in pieces
+
     def _seconds_to_deadline(self) -> float | None:
         """How long a paused engine may wait; None: for ever."""
         deadline = None if self._scheduler is None else self._scheduler.next_deadline()
@@ -433,7 +479,7 @@ class EngineCore:
     def _tell_idle(self) -> None:
         if self._waiting_for_idle and not (self._scheduler and self._scheduler.has_requests):
             for idle in self._waiting_for_idle:
-                idle.set_result(None)
+                idle.set()
             self._waiting_for_idle.clear()
 
     def _append_all(self, requests: list[Request], token_ids: list[int]) -> None:
@@ -489,6 +535,16 @@ class EngineCore:
         return self._recorder.snapshot(self._scheduler, runner and runner.graphs)
 
 
+@dataclass(eq=False)
+class _Submission:
+    requests: list[Request]
+
+
+def _end_threads(mailbox: Mailbox, watchdog: Watchdog) -> None:
+    watchdog.close()
+    mailbox.close()
+
+
 def failure(request: Request, error: BaseException | None = None) -> FastgenError:
     """The error a caller sees for a request that did not come to its own end.
 
@@ -515,8 +571,10 @@ def _run_engine(reference: Callable[[], Any], mailbox: Mailbox) -> None:
         if engine is None:
             return
         try:
-            while engine._step() and not mailbox.closed:
-                pass
+            goes_on = True
+            while goes_on and not mailbox.closed:
+                with engine.watchdog.watching("a step of the engine"):
+                    goes_on = engine._step()
             timeout = engine._seconds_to_deadline()
         except BaseException as error:
             logger.exception("the engine stopped")

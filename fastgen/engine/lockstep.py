@@ -32,16 +32,22 @@ class LockstepGroup:
         self._rows: dict[int, torch.Tensor] = {}
         self._ready: queue.SimpleQueue = queue.SimpleQueue()
         self._num_given = 0  # logits given to the caller so far
+        self._turn: object = None  # of the caller, as the watchdog knows it
         self._hidden = [_HiddenStates() for _ in requests]
         for row, request in enumerate(requests):
             request.group, request.row = self, row
             request.needs_fork = self._leaders[row] != row
 
     def __enter__(self) -> LockstepGroup:
-        self._engine.submit_all(self.requests, together=True)
+        try:
+            self._engine.submit_all(self.requests, together=True)
+        except BaseException:
+            self._engine.cancel_all(self.requests)
+            raise
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._caller_answers()
         self._engine.cancel_all(self.requests)
 
     def next_logits(self) -> torch.Tensor:
@@ -49,11 +55,20 @@ class LockstepGroup:
 
         Raises: whatever ended a row.
         """
+        self._caller_answers()
         release_openmp_team()
         result = self._ready.get()
         if isinstance(result, BaseException):
             raise result
+        what = f"the caller that chooses the next tokens of {len(self.requests)} rows"
+        self._turn = self._engine.watchdog.begin(what)
         return result
+
+    def _caller_answers(self) -> None:
+        """It is no longer the caller's turn."""
+        turn, self._turn = self._turn, None
+        if turn is not None:
+            self._engine.watchdog.end(turn)
 
     def feed(self, token_ids: list[int], parents: list[int] | None = None) -> None:
         """The next token of every row.
@@ -67,6 +82,7 @@ class LockstepGroup:
             "the beams of a prompt have no parents"
         )
         self._leaders = list(range(len(self.requests)))
+        self._caller_answers()
         self._engine.feed(self.requests, token_ids, parents)
 
     def computed(self, rows: list[int]) -> list[Request]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Any
 
 from ..errors import EngineClosedError
@@ -15,10 +15,15 @@ IDLE_SECONDS = 0.01
 
 
 class Mailbox:
-    """A queue of functions for one thread, which waits here while it has nothing to do."""
+    """A queue of functions for one thread, which waits here while it has nothing to do.
+
+    Callers may be interrupted (Ctrl-C) between any two steps of Python and must not keep a lock
+    that the thread needs: they enter the plain lock, which either has it and lets it go or has not.
+    """
 
     def __init__(self) -> None:
-        self._condition = threading.Condition()
+        self._lock = threading.Lock()
+        self._condition = threading.Condition(self._lock)
         self._messages: deque[Callable[[], Any]] = deque()
         self._closed = False
         self.thread: threading.Thread | None = None
@@ -28,7 +33,7 @@ class Mailbox:
 
         Raises: EngineClosedError after `close`.
         """
-        with self._condition:
+        with self._lock:
             if self._closed:
                 raise EngineClosedError("the engine is closed; make a new one")
             self._messages.append(message)
@@ -38,16 +43,19 @@ class Mailbox:
         """Run `message` on the thread, wait, and return or raise what it did."""
         if threading.current_thread() is self.thread:
             return message()
-        future: Future = Future()
+        answer: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
 
         def run() -> None:
             try:
-                future.set_result(message())
+                answer.put((message(), None))
             except BaseException as error:
-                future.set_exception(error)
+                answer.put((None, error))
 
         self.post(run)
-        return future.result()
+        result, error = answer.get()
+        if error is not None:
+            raise error
+        return result
 
     @property
     def closed(self) -> bool:
@@ -55,7 +63,7 @@ class Mailbox:
 
     def take(self) -> Callable[[], Any] | None:
         """The next message, without waiting."""
-        with self._condition:
+        with self._lock:
             return self._messages.popleft() if self._messages else None
 
     def wait(
@@ -65,7 +73,7 @@ class Mailbox:
 
         on_idle runs if none comes soon.
         """
-        with self._condition:
+        with self._lock:
             soon = IDLE_SECONDS if timeout is None else min(IDLE_SECONDS, timeout)
             if not self._condition.wait_for(self._has_news, soon):
                 on_idle()
@@ -77,7 +85,7 @@ class Mailbox:
 
     def close(self, join: bool = True) -> None:
         """Take no more messages; the thread ends after those it has."""
-        with self._condition:
+        with self._lock:
             self._closed = True
             self._condition.notify()
         thread = self.thread

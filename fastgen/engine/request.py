@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import itertools
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 
 from ..config import SamplingParams
 from ..outputs import Logprob, RequestMetrics
+from .one_shot import OneShot
 from .token_reader import News
 
 _request_ids = itertools.count()
@@ -101,6 +101,8 @@ class Request:
         prompt_embeds: [len(prompt_token_ids), hidden_size], on the model's device, what stands in
             the place of the prompt tokens' own embeddings; such a request shares no blocks. Its
             prompt_token_ids only count.
+        fails_on_nan: It ends by an error where its logits are not finite; else greedy decoding goes
+            on with what argmax says of them, as transformers does.
         wants_hidden_states: Its group hears the hidden states of every token.
         news: Tells of each new token and of the end.
         done: Set when the request has ended.
@@ -132,6 +134,7 @@ class Request:
     seed: int = 0
     prompt_embeds: Any = None
     wants_hidden_states: bool = False
+    fails_on_nan: bool = True
 
     request_id: int = field(default_factory=lambda: next(_request_ids))
     service_key: tuple[float, int] = (0.0, -1)
@@ -155,7 +158,7 @@ class Request:
     query_done: bool = False
     num_preemptions: int = 0
     news: News = field(default_factory=News)
-    done: threading.Event = field(default_factory=threading.Event)
+    done: OneShot = field(default_factory=OneShot)
     arrival_time: float = field(default_factory=time.perf_counter)
     scheduled_time: float | None = None
     first_token_time: float | None = None

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from ..compiled import CompiledForward, ForwardOutput
 from ..passes import Variant
-from .batch import add_embeds, build_batch
+from .batch import ForwardBatch, add_embeds, build_batch
 from .decode_graphs import DecodeGraphs
 from .kv_cache import KVCache
+from .metrics import Incident
+from .out_of_memory import is_out_of_memory
 from .scheduler import SchedulerOutput
+
+logger = logging.getLogger("fastgen")
 
 
 class Runner:
@@ -20,8 +25,9 @@ class Runner:
 
     compiled: The plain forward. variants: Others of the same model, by what they take and give;
     the smallest that does for all requests of a step runs it. graphs: Captured decode steps of the
-    plain one, where there are any. forward_seconds: Of the last step; on a GPU until the kernels
-    are queued, not until they ran.
+    plain one, where there are any. note: Counts kernels that failed.
+
+    forward_seconds: Of the last step; on a GPU until the kernels are queued, not until they ran.
     """
 
     def __init__(
@@ -31,10 +37,12 @@ class Runner:
         device: torch.device,
         graphs: DecodeGraphs | None = None,
         variants: Mapping[Variant, CompiledForward] | None = None,
+        note: Callable[[Incident], None] = lambda incident: None,
     ) -> None:
         self.compiled, self.kv_cache, self.device = compiled, kv_cache, device
         self.graphs = graphs
         self.variants = {} if variants is None else variants
+        self._note = note
         self.forward_seconds = 0.0
 
     @torch.inference_mode()
@@ -48,14 +56,31 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, output: SchedulerOutput) -> ForwardOutput:
-        """Run one step; logits [rows that sample, vocab_size] in the order of `scheduled`."""
+        """Run one step; logits [rows that sample, vocab_size] in the order of `scheduled`.
+
+        If a kernel fails, the step is repeated with its reference, which runs from then on.
+        """
+        while True:
+            try:
+                return self._run_once(output)
+            except Exception as error:
+                replaced = None if is_out_of_memory(error) else self._fall_back(output, error)
+                if replaced is None:
+                    raise
+                self._note("kernel_fallbacks")
+                logger.warning(
+                    "%s failed and its reference runs from now on: %s: %s",
+                    replaced,
+                    type(error).__name__,
+                    error,
+                )
+
+    def _run_once(self, output: SchedulerOutput) -> ForwardOutput:
         forward = self._forward_for(output)
         bucket = None
         if self.graphs is not None and forward is self.compiled and not output.items:
             bucket = self.graphs.bucket_for(output.num_seqs)
-        batch = build_batch(output, self.kv_cache.block_size, self.device, bucket)
-        if (like := forward.embeds_like) is not None:
-            add_embeds(batch, output, like)
+        batch = self._batch(output, forward, bucket)
         start = time.perf_counter()
         if self.graphs is None or bucket is None:
             result = forward.run(batch, self.kv_cache)
@@ -63,6 +88,19 @@ class Runner:
             result = ForwardOutput(self.graphs.run(batch)[: output.num_seqs])
         self.forward_seconds = time.perf_counter() - start
         return result
+
+    def _fall_back(self, output: SchedulerOutput, error: Exception) -> str | None:
+        """After a step has raised: as `CompiledForward.fall_back` for the forward that ran it."""
+        forward = self._forward_for(output)
+        return forward.fall_back(self._batch(output, forward), self.kv_cache, error)
+
+    def _batch(
+        self, output: SchedulerOutput, forward: CompiledForward, bucket: int | None = None
+    ) -> ForwardBatch:
+        batch = build_batch(output, self.kv_cache.block_size, self.device, bucket)
+        if (like := forward.embeds_like) is not None:
+            add_embeds(batch, output, like)
+        return batch
 
     def _forward_for(self, output: SchedulerOutput) -> CompiledForward:
         if not self.variants:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..config import SamplingParams
-from ..errors import InvalidRequestError
+from ..errors import FastgenError, InvalidRequestError
 from ..kernels.argmax import argmax
 from ..outputs import Logprob
 from .choose import draw_by_weight
@@ -42,7 +42,8 @@ class SamplingState:
         params = request.sampling
         if not params.greedy:
             self.generator = torch.Generator().manual_seed(request.seed)
-        self._uniforms: list[float] = []
+        self._uniforms: list[float] = []  # for the tokens behind the first _num_before
+        self._num_before = 0
         self._always_edits = bool(
             params.allowed_token_ids is not None
             or request.bad_words
@@ -96,12 +97,15 @@ class SamplingState:
         """Whether the logits are changed before the best token can be taken."""
         return self._always_edits or len(self.request.output_token_ids) < self.params.min_tokens
 
-    def next_uniform(self) -> float:
-        """The generator's next number in [0, 1)."""
-        if not self._uniforms:
+    def uniform(self) -> float:
+        """The generator's number for the next token, in [0, 1); a repeated step gets it again."""
+        place = len(self.request.output_token_ids) - self._num_before
+        if place >= len(self._uniforms):
             drawn = torch.rand(_NUM_UNIFORMS, generator=self.generator, dtype=torch.float64)
-            self._uniforms = drawn.flip(0).tolist()
-        return self._uniforms.pop()
+            self._num_before += len(self._uniforms)
+            place -= len(self._uniforms)
+            self._uniforms = drawn.tolist()
+        return self._uniforms[place]
 
 
 @dataclass
@@ -111,7 +115,7 @@ class Sampled:
     token_ids: list[int]
     logprobs: dict[int, dict[int, Logprob]] = field(default_factory=dict)
     processed_logprobs: dict[int, dict[int, Logprob]] = field(default_factory=dict)
-    errors: dict[int, InvalidRequestError] = field(default_factory=dict)
+    errors: dict[int, FastgenError] = field(default_factory=dict)
 
 
 def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> Sampled:
@@ -122,18 +126,18 @@ def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> Sampled:
         states: One per row.
     """
     if all(state.is_plain for state in states):
-        return Sampled(argmax(logits).tolist())
+        return _sampled(_best(logits).tolist(), states, {})
     edited = [row for row, state in enumerate(states) if state.edits_logits]
     others = sorted(set(range(len(states))).difference(edited))
     changed = logits[edited].float()
-    errors: dict[int, InvalidRequestError] = {}
+    errors: dict[int, FastgenError] = {}
     tokens = torch.zeros(len(states), dtype=torch.long, device=logits.device)
     if others:
         tokens[others] = _choose(logits, others, [states[row] for row in others])
     if edited:
         edit_logits(changed, [states[row] for row in edited])
         for row, best in zip(edited, changed.amax(dim=-1).tolist(), strict=True):
-            if best == _NEVER:
+            if best == _NEVER and logits[row].amax() > _NEVER:
                 errors[row] = InvalidRequestError(
                     "allowed_token_ids, bad_words and min_tokens together allow no token"
                 )
@@ -141,12 +145,12 @@ def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> Sampled:
         if places:
             rows = [edited[place] for place in places]
             tokens[rows] = _choose(changed, places, [states[row] for row in rows])
-    result = Sampled(tokens.tolist(), errors=errors)
+    result = _sampled(tokens.tolist(), states, errors)
     # Which of two equally likely tokens comes first may depend on how many are asked for, so only
     # rows that ask for equally many are computed together.
     by_count: dict[int, list[int]] = {}
     for row, state in enumerate(states):
-        if (count := state.params.logprobs) is not None:
+        if (count := state.params.logprobs) is not None and row not in errors:
             by_count.setdefault(count, []).append(row)
     for count, rows in by_count.items():
         found = logprobs_of(logits[rows], [result.token_ids[row] for row in rows], count)
@@ -168,12 +172,41 @@ def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> Sampled:
     return result
 
 
+def _sampled(
+    token_ids: list[int], states: Sequence[SamplingState], errors: dict[int, FastgenError]
+) -> Sampled:
+    """What was chosen; a row whose token is negative has an error, or goes on from ~token."""
+    for row, token_id in enumerate(token_ids):
+        if token_id < 0:
+            request = states[row].request
+            token_ids[row] = ~token_id
+            if request.fails_on_nan:
+                errors[row] = FastgenError(
+                    f"the model's logits for token {len(request.output_token_ids)} of the output "
+                    "are NaN or infinite; check the weights, or load the model in a wider dtype"
+                )
+    return Sampled(token_ids, errors=errors)
+
+
+def _best(logits: torch.Tensor) -> torch.Tensor:
+    """The best token of each row; ~token, which is negative, where its logit is not finite.
+
+    NaN and infinity are the largest of their row, so that one look tells of all its logits.
+    """
+    tokens = argmax(logits)
+    is_finite = logits.gather(1, tokens.unsqueeze(1)).squeeze(1).isfinite()
+    return torch.where(is_finite, tokens, ~tokens)
+
+
 def _choose(logits: torch.Tensor, rows: list[int], states: Sequence[SamplingState]) -> torch.Tensor:
-    """The best token, or one that is drawn, of some rows of the logits: [len(rows)] int64."""
+    """The best token, or one that is drawn, of some rows of the logits: [len(rows)] int64.
+
+    ~token in a row that is not finite.
+    """
     drawn = [place for place, state in enumerate(states) if state.generator is not None]
     if len(drawn) == len(rows):
         return draw(logits, rows, states)
-    tokens = argmax(logits)[rows]
+    tokens = _best(logits)[rows]
     if drawn:
         tokens[drawn] = draw(logits, [rows[i] for i in drawn], [states[i] for i in drawn])
     return tokens
@@ -242,6 +275,8 @@ def draw(
 ) -> torch.Tensor:
     """Draw a token per row, after temperature, min-p, top-k and top-p: [len(rows)] int64.
 
+    ~token, which is negative, in a row whose probabilities are NaN: its logits are not finite.
+
     Args:
         logits: [num_rows, vocab_size], any float dtype. rows: Those that are drawn from.
         states: One per entry of `rows`, with a generator.
@@ -263,8 +298,9 @@ def draw(
                 width,
                 ordered,
             )
-            drawn = draw_by_weight(probabilities, [state.next_uniform() for state in own])
+            drawn = draw_by_weight(probabilities, [state.uniform() for state in own])
+            is_nan = probabilities.gather(1, drawn.unsqueeze(1)).squeeze(1).isnan()
             if ids is not None:
                 drawn = ids.gather(1, drawn.unsqueeze(1)).squeeze(1)
-            tokens[places] = drawn
+            tokens[places] = torch.where(is_nan, ~drawn, drawn)
     return tokens

@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
+from .one_shot import OneShot
+
 
 class News:
     """Who wants to hear of new tokens: threads that wait, and listeners.
@@ -19,7 +21,8 @@ class News:
     """
 
     def __init__(self) -> None:
-        self._condition = threading.Condition()
+        self._lock = threading.Lock()  # entered by itself: see Mailbox
+        self._condition = threading.Condition(self._lock)
         self._listeners: tuple[Callable[[], None], ...] = ()
         self.audience = 0
 
@@ -27,12 +30,12 @@ class News:
         """Wake all. What they are to see must be there before `audience` is read."""
         for listener in self._listeners:
             listener()
-        with self._condition:
+        with self._lock:
             self._condition.notify_all()
 
     def wait_for(self, is_there: Callable[[], bool]) -> None:
         """Wait until `is_there`, which is asked now and after each `tell`."""
-        with self._condition:
+        with self._lock:
             self.audience += 1  # before it is asked: who changes its answer then sees us
             try:
                 self._condition.wait_for(is_there)
@@ -41,12 +44,12 @@ class News:
 
     def listen(self, listener: Callable[[], None]) -> None:
         """Call `listener` at each `tell`, on the thread that tells; it must not wait."""
-        with self._condition:
+        with self._lock:
             self._listeners = (*self._listeners, listener)
             self.audience += 1
 
     def unlisten(self, listener: Callable[[], None]) -> None:
-        with self._condition:
+        with self._lock:
             self._listeners = tuple(each for each in self._listeners if each != listener)
             self.audience -= 1
 
@@ -55,7 +58,7 @@ class Output(Protocol):
     """What is read of a request."""
 
     output_token_ids: list[int]
-    done: threading.Event
+    done: OneShot
     news: News
 
 

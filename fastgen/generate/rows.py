@@ -63,6 +63,7 @@ def requests_of(call: PreparedCall) -> list[Request]:
             first_output_position=places[-1] + 1,
             prompt_embeds=None if embedded is None else embedded[visible],
             wants_hidden_states=call.returns_hidden_states,
+            fails_on_nan=False,
         )
         if not mask[-1] and embedded is not None:
             raise TransformersLoop("a row of inputs_embeds ends with a masked slot")

@@ -103,10 +103,13 @@ def outcome(call: Callable) -> str:
 
 
 def test_no_memory_for_the_cache_fails_the_request(own_model, expected, monkeypatch):
-    broken = raise_once(engine_module.KVCache, MemoryError("no room"))
-    monkeypatch.setattr(engine_module, "KVCache", broken)
+    def no_room(*arguments: object) -> None:
+        raise MemoryError("no room")
+
     engine = fastgen.Engine(own_model)
-    assert "no room" in outcome(lambda: engine.generate([expected[0][0]], greedy(5)))
+    with monkeypatch.context() as patched:
+        patched.setattr(engine_module, "KVCache", no_room)
+        assert "no room" in outcome(lambda: engine.generate([expected[0][0]], greedy(5)))
     assert within(engine.generate, [expected[0][0]], greedy(5))[0].error is None
     check_usable(own_model, expected)
 

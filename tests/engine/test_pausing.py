@@ -128,7 +128,7 @@ def test_many_threads_never_exceed_the_limit(make_engine, expected):
     within(engine.resume)
     for request in taken:
         assert within(engine.result, request).finish_reason == "length"
-    assert core_of(engine)._num_on_the_way == 0
+    assert not core_of(engine)._on_the_way
 
 
 def test_a_deadline_ends_a_request_as_far_as_it_has_come(make_engine, gated, expected):

@@ -119,7 +119,7 @@ def test_ties_are_broken_the_same_beside_a_filtering_row():
     """Logits made so that a rounding error decides which token is drawn."""
     vocab_size, changed = 1000, []
     for seed in range(30):
-        uniform = state(PLAIN, seed).next_uniform()
+        uniform = state(PLAIN, seed).uniform()
         probabilities = torch.full((1, vocab_size), (1 - uniform) / (vocab_size - 1))
         probabilities[0, 0] = uniform  # the first token's share ends where the draw falls
         logits = probabilities.log()
@@ -130,14 +130,22 @@ def test_ties_are_broken_the_same_beside_a_filtering_row():
     assert not changed, "seeds whose token depends on the neighbour"
 
 
+def numbers(own, times_each=1):
+    """A request's numbers of 200 tokens, each asked for so many times."""
+    drawn = []
+    for token_id in range(200):
+        (number,) = {own.uniform() for _ in range(times_each)}
+        drawn.append(number)
+        own.request.output_token_ids.append(token_id)
+    return drawn
+
+
 def test_a_seed_draws_the_same_wherever_its_numbers_run_out():
     """Numbers are drawn ahead: a long run is what one number at a time gives."""
-    own = state(PLAIN, 5)
-    drawn = [own.next_uniform() for _ in range(200)]
+    drawn = numbers(state(PLAIN, 5))
     assert len(set(drawn)) == 200
     assert all(0 <= number < 1 for number in drawn)
-    again = state(PLAIN, 5)
-    assert [again.next_uniform() for _ in range(200)] == drawn
+    assert numbers(state(PLAIN, 5), times_each=3) == drawn, "a repeated step gets others"
 
 
 # Distribution.
