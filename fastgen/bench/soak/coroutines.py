@@ -56,6 +56,7 @@ class _Caller:
             case Conduct.READS_SLOWLY:
                 await self._consume(request, order.pause_s)
             case Conduct.CANCELS_AT_ONCE:
+                await asyncio.sleep(order.pause_s)
                 await self._cancel(request)
             case Conduct.CANCELS_LATE:
                 await self._consume(request)

@@ -16,7 +16,7 @@ from ...config import SamplingParams
 # Prompts are walks in a tree, from its root, with a tail of their own.
 BRANCHES, MAX_DEPTH = 4, 3
 NODE_TOKENS, TAIL_TOKENS = (16, 48), (1, 32)
-LONG_PROMPTS, LONG_TAIL_TOKENS = 0.01, (512, 1024)  # which are computed in chunks
+LONG_PROMPTS = 0.01  # so many have a tail of a quarter to a half of what can be: they are chunked
 
 OUTPUT_LEAST, OUTPUT_ALPHA, OUTPUT_MOST = 6, 1.5, 96  # Pareto's law
 FEW_TOKENS = 8  # after so many, or fewer, something happens midway
@@ -70,7 +70,8 @@ class Order:
     """One prompt, how it is to be continued, and what becomes of it.
 
     patience: Tokens that are read before something happens midway. pause_s: Between two reads of
-    a slow reader. is_checked: Its tokens are compared with those of a run alone.
+    a slow reader, and before what is cancelled at once. is_checked: Its tokens are
+    compared with those of a run alone.
     """
 
     index: int
@@ -89,9 +90,10 @@ class Order:
         return {"stop", "length"} | MAY_END_BY.get(self.conduct, set())
 
 
-def make_order(index: int, seed: int, vocab_size: int, checked_share: float) -> Order:
+def make_order(index: int, seed: int, vocab_size: int, longest: int, checked_share: float) -> Order:
     """The order of that index.
 
+    longest: Tokens of the longest sequence that the engine can take, at least 480.
     checked_share: Probability that it is compared with a run alone.
     """
     draw = random.Random(f"{seed} order {index}")
@@ -99,7 +101,7 @@ def make_order(index: int, seed: int, vocab_size: int, checked_share: float) -> 
     late = conduct is Conduct.HAS_A_DEADLINE
     return Order(
         index,
-        _prompt(draw, seed, vocab_size),
+        _prompt(draw, seed, vocab_size, longest),
         _params(draw, index, vocab_size, conduct),
         conduct,
         priority=draw.choice((0, 0, 0, -2, -1, 1, 2)),
@@ -107,19 +109,19 @@ def make_order(index: int, seed: int, vocab_size: int, checked_share: float) -> 
         if late
         else None,
         patience=draw.randint(1, FEW_TOKENS),
-        pause_s=draw.uniform(0.0, 0.02),
+        pause_s=draw.choice((0.0, draw.uniform(0.0, 0.02))),
         is_checked=draw.random() < checked_share,
     )
 
 
-def _prompt(draw: random.Random, seed: int, vocab_size: int) -> list[int]:
+def _prompt(draw: random.Random, seed: int, vocab_size: int, longest: int) -> list[int]:
     tokens: list[int] = []
     path = ""
     for _ in range(draw.randint(0, MAX_DEPTH)):
         path += str(draw.randrange(BRANCHES))
         tokens += _node(path, seed, vocab_size)
     is_long = draw.random() < LONG_PROMPTS
-    length = draw.randint(*(LONG_TAIL_TOKENS if is_long else TAIL_TOKENS))
+    length = draw.randint(*((longest // 4, longest // 2) if is_long else TAIL_TOKENS))
     return tokens + draw.choices(range(vocab_size), k=length)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from ... import api
 from ...async_engine import AsyncEngine
 from ...engine.engine import EngineCore
+from ...engine.kv_cache import block_bytes
 from ...engine.request import Request
 from ...histogram import Histogram
 from ...outputs import EngineMetrics
@@ -21,6 +22,8 @@ from .orders import Order, make_order
 from .samples import Watcher, block_faults
 from .threads import serve_in_threads
 
+BLOCK_SIZE = 16
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -28,7 +31,7 @@ class Setting:
 
     in_threads: Part of the requests that come from threads, after the others. num_checked: About
     so many requests are compared with a run alone. num_callers: Coroutines, each with a request.
-    max_num_seqs, max_num_batched_tokens, max_queue, cache_bytes: Of the engine: small, so that
+    max_num_seqs, max_num_batched_tokens, max_queue, num_blocks: Of the engine: small, so that
     requests wait, are refused, preempted and chunked.
     """
 
@@ -42,7 +45,7 @@ class Setting:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 256
     max_queue: int = 88
-    cache_bytes: int = 10 << 20
+    num_blocks: int = 160
 
     def __post_init__(self) -> None:
         if self.num_requests < 1:
@@ -52,8 +55,9 @@ class Setting:
 def soak(model: Any, tokenizer: Any, setting: Setting) -> dict[str, Any]:
     """Run everything; "violations" in the result is empty if all was well.
 
-    model: Not optimised, or by now to be optimised anew; it stays optimised. The engine is
-        deterministic, so that a request's tokens are the same to the last bit alone.
+    The engine is deterministic, so that a request's tokens are the same to the last bit alone.
+
+    model: Not optimised; it is not afterwards.
     """
     reset_peak_rss()
     ledger = Ledger()
@@ -62,17 +66,19 @@ def soak(model: Any, tokenizer: Any, setting: Setting) -> dict[str, Any]:
         model,
         tokenizer,
         deterministic=True,
+        block_size=BLOCK_SIZE,
         max_num_seqs=setting.max_num_seqs,
         max_num_batched_tokens=setting.max_num_batched_tokens,
         max_queue=setting.max_queue,
-        kv_cache_memory_bytes=setting.cache_bytes,
+        kv_cache_memory_bytes=setting.num_blocks * _block_bytes(model),
     )
     core = api.require(model).engine()
     vocab_size = core.compiled.vocab_size
+    longest = min(core.max_model_len, setting.num_blocks * BLOCK_SIZE)
     share = setting.num_checked / setting.num_requests
 
     def order(index: int) -> Order:
-        return make_order(index, setting.seed, vocab_size, share)
+        return make_order(index, setting.seed, vocab_size, longest, share)
 
     in_coroutines = round(setting.num_requests * (1 - setting.in_threads))
     watcher = Watcher(core, ledger, setting.num_requests)
@@ -89,6 +95,7 @@ def soak(model: Any, tokenizer: Any, setting: Setting) -> dict[str, Any]:
     _check_end(core, ledger, metrics, memory, setting, requests_before)
     whole = _compare_with_alone(engine, ledger, order)
     asyncio.run(engine.shutdown())
+    api.restore(model)
     return {
         "setting": asdict(setting),
         "seconds": seconds,
@@ -169,6 +176,14 @@ def _compare_with_alone(engine: AsyncEngine, ledger: Ledger, order: Any) -> int:
     return num_whole
 
 
+def _block_bytes(model: Any) -> int:
+    """Of the model's cache, which its graph says."""
+    api.optimize(model)
+    size = block_bytes(api.require(model).compiled.spec, BLOCK_SIZE)
+    api.restore(model)
+    return size
+
+
 def _quantiles(times: Histogram) -> dict[str, float | None]:
     """Of seconds, in milliseconds."""
     shares = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
@@ -177,4 +192,4 @@ def _quantiles(times: Histogram) -> dict[str, float | None]:
 
 
 def _num_requests_in_memory() -> int:
-    return sum(isinstance(thing, Request) for thing in gc.get_objects())
+    return sum(type(thing) is Request for thing in gc.get_objects())

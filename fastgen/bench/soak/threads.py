@@ -73,6 +73,7 @@ class _WaitingCaller:
             case Conduct.WAITS | Conduct.HAS_A_DEADLINE:
                 read = None
             case Conduct.CANCELS_AT_ONCE | Conduct.GIVES_UP:
+                time.sleep(order.pause_s)
                 self._cancel(request)
             case Conduct.CANCELS_MIDWAY:
                 self._to_cancel.put(request)  # whoever comes next does it, while this one reads
