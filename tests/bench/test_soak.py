@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 from tiny_models import prompts, tiny_model
 
-from fastgen.bench.soak import run as soak_run
 from fastgen.bench.soak import samples
 from fastgen.bench.soak.ledger import Ledger
 from fastgen.bench.soak.orders import WEIGHTS, Conduct, make_order
@@ -74,8 +73,12 @@ def test_every_conduct_is_ordered_and_prompts_form_trees():
 # The whole of it.
 
 
-def test_all_is_well(model):
-    result = soak(model, Tokenizer(), SMALL)
+@pytest.fixture(scope="module")
+def result(model):
+    return soak(model, Tokenizer(), SMALL)
+
+
+def test_all_is_well(result):
     assert result["violations"] == []
     assert sum(result["finished"].values()) >= SMALL.num_requests - result["given_up"]
     assert result["finished"].keys() >= {"length", "cancelled"}
@@ -85,6 +88,36 @@ def test_all_is_well(model):
     assert result["blocks"]["free_at_the_end"] == result["blocks"]["total"] == 35
 
 
+@pytest.mark.parametrize(("violations", "code"), [([], 0), (["planted"], 1)])
+def test_the_command(model, result, violations, code, monkeypatch, capsys):
+    result = {**result, "violations": violations, "num_violations": len(violations)}
+    monkeypatch.setattr(command, "load_model", lambda *_: (model, None))
+    monkeypatch.setattr(command, "soak", lambda *_: result)
+    assert main(["soak"]) == code
+    text = capsys.readouterr().out
+    for needed in ("as the engine counts", "TTFT ms: p50", "free at the end"):
+        assert needed in text
+    assert ("all was well" in text) == (not violations)
+    assert ("VIOLATION: planted" in text) == bool(violations)
+    assert main(["soak", "--json"]) == code
+    assert json.loads(capsys.readouterr().out)["violations"] == violations
+
+
+def test_the_arguments(model, monkeypatch):
+    settings = []
+
+    def note(model, tokenizer, setting):
+        settings.append(setting)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(command, "load_model", lambda *_: (model, None))
+    monkeypatch.setattr(command, "soak", note)
+    assert main(["soak", "--requests", "7", "--seed", "3", "--checked", "2"]) == 1
+    assert main(["soak"]) == 1
+    assert settings == [Setting(num_requests=7, seed=3, num_checked=2), Setting()]
+
+
+@pytest.mark.slow
 def test_a_neighbour_that_changes_tokens_is_found(model, monkeypatch):
     """Rows of a step that are exchanged, which no engine test may let through either."""
     deliver = engine_module.deliver
@@ -99,6 +132,7 @@ def test_a_neighbour_that_changes_tokens_is_found(model, monkeypatch):
     assert any("alone" in text for text in result["violations"])
 
 
+@pytest.mark.slow
 def test_a_block_that_is_lost_is_found(model, monkeypatch):
     free, lost = BlockPool.free, []
 
@@ -111,24 +145,6 @@ def test_a_block_that_is_lost_is_found(model, monkeypatch):
     result = soak(model, Tokenizer(), FEW)
     assert any("1 blocks are left" in text for text in result["violations"])
     assert any("other blocks than the pool" in text for text in result["violations"])
-
-
-def test_the_command(model, monkeypatch, capsys):
-    monkeypatch.setattr(command, "load_model", lambda *_: (model, Tokenizer()))
-    monkeypatch.setattr(command, "Setting", lambda **fields: FEW if fields else Setting())
-    assert main(["soak"]) == 0
-    text = capsys.readouterr().out
-    for needed in ("as the engine counts", "TTFT ms: p50", "free at the end", "all was well"):
-        assert needed in text
-
-    def find(engine, ledger, order):
-        ledger.violation("planted")
-        return 0
-
-    monkeypatch.setattr(soak_run, "_compare_with_alone", find)
-    assert main(["soak", "--json"]) == 1
-    result = json.loads(capsys.readouterr().out)
-    assert result["violations"] == ["planted"]
 
 
 def test_no_requests_are_refused():
@@ -244,6 +260,7 @@ def test_the_engine_counts_what_was_seen():
         assert ledger.num_violations > before
 
 
+@pytest.mark.slow
 def test_a_growing_memory_is_a_violation(model, monkeypatch):
     sizes = iter(range(0, 1 << 50, MAX_GROWTH_BYTES))
     monkeypatch.setattr(samples, "rss_bytes", lambda: next(sizes))
