@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,10 @@ def run(arguments: argparse.Namespace) -> int:
     setting = Setting(
         num_requests=arguments.requests, seed=arguments.seed, num_checked=arguments.checked
     )
+
+    def show_progress(num_ended: int) -> None:
+        print(f"{num_ended} of {setting.num_requests} have ended", file=sys.stderr)
+
     model, tokenizer = load_model(arguments.model, arguments.dtype, arguments.device)
     result = {
         "model": str(arguments.model),
@@ -58,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-        **soak(model, tokenizer, setting),
+        **soak(model, tokenizer, setting, show_progress),
     }
     print(json.dumps(result, indent=2) if arguments.json else "\n".join(lines(result)))
     return 1 if result["num_violations"] else 0

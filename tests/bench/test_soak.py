@@ -106,7 +106,8 @@ def test_the_command(model, result, violations, code, monkeypatch, capsys):
 def test_the_arguments(model, monkeypatch):
     settings = []
 
-    def note(model, tokenizer, setting):
+    def note(model, tokenizer, setting, progress):
+        progress(1)
         settings.append(setting)
         raise ValueError("enough")
 

@@ -12,7 +12,7 @@ from ...outputs import TokenEvent
 from .ledger import Ledger
 from .orders import Conduct, Order
 
-RETRY_S = 0.02
+FIRST_RETRY_S, LAST_RETRY_S = 0.05, 1.6  # whom a full queue refuses waits twice as long each time
 LIMIT_S = 120.0  # an order that takes longer hangs
 
 
@@ -79,7 +79,7 @@ class _Caller:
 
     async def _submit(self) -> Request:
         """Come again while the queue is full."""
-        order = self._order
+        order, retry_s = self._order, FIRST_RETRY_S
         while True:
             try:
                 return await self._engine.submit(
@@ -90,7 +90,8 @@ class _Caller:
                 )
             except QueueFullError:
                 self._ledger.refused()
-                await asyncio.sleep(RETRY_S)
+                await asyncio.sleep(retry_s)
+                retry_s = min(2 * retry_s, LAST_RETRY_S)
 
     async def _give_up(self) -> Request | None:
         """Submit in a task that is cancelled before it can know its request, as a rule."""

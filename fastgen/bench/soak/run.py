@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -44,20 +45,25 @@ class Setting:
     callers_per_loop: int = 16
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 256
-    max_queue: int = 88
-    num_blocks: int = 160
+    max_queue: int = 104
+    num_blocks: int = 192
 
     def __post_init__(self) -> None:
         if self.num_requests < 1:
             raise ValueError(f"there must be at least one request, got {self.num_requests}")
 
 
-def soak(model: Any, tokenizer: Any, setting: Setting) -> dict[str, Any]:
+def soak(
+    model: Any,
+    tokenizer: Any,
+    setting: Setting,
+    progress: Callable[[int], None] = lambda num_ended: None,
+) -> dict[str, Any]:
     """Run everything; "violations" in the result is empty if all was well.
 
     The engine is deterministic, so that a request's tokens are the same to the last bit alone.
 
-    model: Not optimised; it is not afterwards.
+    model: Not optimised; it is not afterwards. progress: Is told how many requests have ended.
     """
     reset_peak_rss()
     ledger = Ledger()
@@ -81,7 +87,7 @@ def soak(model: Any, tokenizer: Any, setting: Setting) -> dict[str, Any]:
         return make_order(index, setting.seed, vocab_size, longest, share)
 
     in_coroutines = round(setting.num_requests * (1 - setting.in_threads))
-    watcher = Watcher(core, ledger, setting.num_requests)
+    watcher = Watcher(core, ledger, setting.num_requests, progress)
     watcher.start()
     start = time.perf_counter()
     asyncio.run(serve_all(engine, map(order, range(in_coroutines)), ledger, setting.num_callers))
@@ -163,7 +169,7 @@ def _check_end(
         )
 
 
-def _compare_with_alone(engine: AsyncEngine, ledger: Ledger, order: Any) -> int:
+def _compare_with_alone(engine: AsyncEngine, ledger: Ledger, order: Callable[[int], Order]) -> int:
     """Run each checked request again, alone and with no block of others; how many were whole."""
     num_whole = 0
     for index in sorted(ledger.checked):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import statistics
 import threading
+import time
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...engine.engine import EngineCore
@@ -14,7 +15,7 @@ from ...engine.scheduler import Scheduler
 from ..machine import rss_bytes
 from .ledger import Ledger
 
-PERIOD_S = 0.1
+PERIOD_S, PROGRESS_S = 0.1, 5.0
 # What the first requests are let in with is not counted: buffers, threads, every page of the cache.
 WARM_UP = 0.2
 # Fewer samples than these after the warm-up say nothing of memory.
@@ -24,17 +25,24 @@ MAX_GROWTH_BYTES = 16 << 20
 
 
 class Watcher(threading.Thread):
-    """Takes samples until it is told to stop; what it finds wrong goes to the ledger."""
+    """Takes samples until it is told to stop; what it finds wrong goes to the ledger.
 
-    def __init__(self, core: EngineCore, ledger: Ledger, num_orders: int) -> None:
+    progress: Is told from time to time how many orders have ended.
+    """
+
+    def __init__(
+        self, core: EngineCore, ledger: Ledger, num_orders: int, progress: Callable[[int], None]
+    ) -> None:
         super().__init__(name="fastgen-watcher", daemon=True)
         self._core, self._ledger, self._num_orders = core, ledger, num_orders
+        self._progress = progress
         self._stopped = threading.Event()
         self._rss = array("q")
         self.num_samples = 0
         self.max_used_blocks = 0
 
     def run(self) -> None:
+        told = time.monotonic()
         while not self._stopped.wait(PERIOD_S):
             for problem in self._core._mailbox.call(self._look):
                 self._ledger.violation(problem)
@@ -42,6 +50,9 @@ class Watcher(threading.Thread):
             if resident is not None and self._ledger.num_ended >= WARM_UP * self._num_orders:
                 self._rss.append(resident)
             self.num_samples += 1
+            if time.monotonic() - told >= PROGRESS_S:
+                told = time.monotonic()
+                self._progress(self._ledger.num_ended)
 
     def stop(self) -> None:
         self._stopped.set()

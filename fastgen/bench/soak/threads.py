@@ -12,7 +12,7 @@ from ...async_engine import AsyncEngine
 from ...engine.request import Request
 from ...errors import QueueFullError
 from ...outputs import TokenEvent
-from .coroutines import LIMIT_S, RETRY_S, serve_all
+from .coroutines import FIRST_RETRY_S, LAST_RETRY_S, LIMIT_S, serve_all
 from .ledger import Ledger
 from .orders import Conduct, Order
 
@@ -109,6 +109,7 @@ class _WaitingCaller:
 
     def _submit(self, order: Order) -> Request:
         """Come again while the queue is full."""
+        retry_s = FIRST_RETRY_S
         while True:
             try:
                 return self._engine.submit(
@@ -119,7 +120,8 @@ class _WaitingCaller:
                 )
             except QueueFullError:
                 self._ledger.refused()
-                time.sleep(RETRY_S)
+                time.sleep(retry_s)
+                retry_s = min(2 * retry_s, LAST_RETRY_S)
 
     def _cancel_others(self) -> None:
         while True:
