@@ -120,6 +120,9 @@ CHANGES = {
 }
 
 
+BEYOND = "a token that the model has not fails the step of all"
+
+
 def known(name: str, reason: str) -> Any:
     return pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=reason))
 
@@ -129,11 +132,23 @@ def known(name: str, reason: str) -> Any:
     "name",
     [
         *(name for name in CHANGES if name != "wider"),
-        known("wider", "a token that the model has not fails the step of all"),
+        known("wider", BEYOND),
     ],
 )
 def test_a_processor(agrees, name, sampled):
     agrees(sampled=sampled, make=lambda: {"logits_processor": [Processor(CHANGES[name])]})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(name for name in CHANGES if name not in ("wider", "deeper")),
+        known("wider", BEYOND),
+        known("deeper", "beams take scores of a shape that transformers does not"),
+    ],
+)
+def test_a_processor_of_beams(agrees, name):
+    agrees(num_beams=3, make=lambda: {"logits_processor": [Processor(CHANGES[name])]})
 
 
 def test_a_processor_that_changes_the_history(agrees):
