@@ -262,6 +262,22 @@ def test_the_engine_counts_what_was_seen():
 
 
 @pytest.mark.slow
+def test_an_engine_that_dies_is_found(model, monkeypatch):
+    """Others take its place, and the end is still told."""
+    schedule, calls = Scheduler.schedule, []
+
+    def failing(self):
+        calls.append(1)
+        if len(calls) == 30:
+            raise KeyError("planted")
+        return schedule(self)
+
+    monkeypatch.setattr(Scheduler, "schedule", failing)
+    result = soak(model, Tokenizer(), FEW)
+    assert any("thread has ended" in text for text in result["violations"])
+
+
+@pytest.mark.slow
 def test_a_growing_memory_is_a_violation(model, monkeypatch):
     sizes = iter(range(0, 1 << 50, MAX_GROWTH_BYTES))
     monkeypatch.setattr(samples, "rss_bytes", lambda: next(sizes))

@@ -24,6 +24,7 @@ from .samples import Watcher, block_faults
 from .threads import serve_in_threads
 
 BLOCK_SIZE = 16
+IDLE_LIMIT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -93,14 +94,16 @@ def soak(
     asyncio.run(serve_all(engine, map(order, range(in_coroutines)), ledger, setting.num_callers))
     rest = [order(index) for index in range(in_coroutines, setting.num_requests)]
     serve_in_threads(engine, rest, ledger, setting.num_threads, setting.callers_per_loop)
-    core.wait_idle()
+    _wait_idle(core, ledger)
     seconds = time.perf_counter() - start
     watcher.stop()
-    metrics = engine.engine.metrics()
-    memory = watcher.memory()
-    _check_end(core, ledger, metrics, memory, setting, requests_before)
-    whole = _compare_with_alone(engine, ledger, order)
-    asyncio.run(engine.shutdown())
+    metrics, memory, whole = core._snapshot(), watcher.memory(), 0
+    if core.alive:
+        _check_end(core, ledger, metrics, memory, setting, requests_before)
+        whole = _compare_with_alone(engine, ledger, order)
+    else:
+        ledger.violation("the engine's thread has ended; its log says why")
+    asyncio.run(engine.shutdown(drain=False))
     api.restore(model)
     return {
         "setting": asdict(setting),
@@ -135,6 +138,16 @@ def soak(
         "num_violations": ledger.num_violations,
         "violations": ledger.violations,
     }
+
+
+def _wait_idle(core: EngineCore, ledger: Ledger) -> None:
+    """Every caller has gone; what they have left behind is about to end."""
+    deadline = time.monotonic() + IDLE_LIMIT_S
+    while core.alive and not core.is_idle:
+        if time.monotonic() > deadline:
+            ledger.violation(f"requests are left {IDLE_LIMIT_S:g} s after their callers")
+            return
+        time.sleep(0.01)
 
 
 def _check_end(

@@ -12,6 +12,7 @@ from typing import Any
 
 from ...engine.engine import EngineCore
 from ...engine.scheduler import Scheduler
+from ...errors import EngineClosedError
 from ..machine import rss_bytes
 from .ledger import Ledger
 
@@ -21,7 +22,7 @@ WARM_UP = 0.2
 # Fewer samples than these after the warm-up say nothing of memory.
 LEAST_SAMPLES = 40
 # Between the medians of the first and the last quarter; the allocator's own ups and downs.
-MAX_GROWTH_BYTES = 16 << 20
+MAX_GROWTH_BYTES = 8 << 20
 
 
 class Watcher(threading.Thread):
@@ -43,8 +44,12 @@ class Watcher(threading.Thread):
 
     def run(self) -> None:
         told = time.monotonic()
-        while not self._stopped.wait(PERIOD_S):
-            for problem in self._core._mailbox.call(self._look):
+        while not self._stopped.wait(PERIOD_S) and self._core.alive:
+            try:
+                problems = self._core._mailbox.call(self._look)
+            except EngineClosedError:  # its thread has just ended, which others note
+                return
+            for problem in problems:
                 self._ledger.violation(problem)
             resident = rss_bytes()
             if resident is not None and self._ledger.num_ended >= WARM_UP * self._num_orders:
