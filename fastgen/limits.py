@@ -5,6 +5,7 @@ Each is enforced when the request is made, on the caller's thread, before any te
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 INT32_MAX = 2**31 - 1
@@ -36,3 +37,12 @@ LIMITS = {
     "priority": Limit(-1000, 1000, "levels; lower is earlier"),
     "deadline_s": Limit(0.0, 1e7, "seconds"),
 }
+
+
+def markdown() -> Iterator[str]:
+    """The table as lines of Markdown, for the README."""
+    yield "| | at least | at most | |"
+    yield "|---|---|---|---|"
+    for name, limit in LIMITS.items():
+        title = f"each of `{name.removesuffix('[i]')}`" if name.endswith("[i]") else f"`{name}`"
+        yield f"| {title} | {limit.low:,} | {limit.high:,} | {limit.unit} |"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 import fastgen
 from fastgen import CapacityError, InvalidRequestError, SamplingParams
 from fastgen.engine.admission import check_request
 from fastgen.engine.request import Request
-from fastgen.limits import LIMITS
+from fastgen.limits import LIMITS, markdown
+
+ROOT = Path(__file__).parent.parent
 
 
 def with_lists(name: str, length: int) -> SamplingParams:
@@ -36,6 +40,20 @@ ELSEWHERE = ("prompt", "logit_bias[i]", "priority", "deadline_s")
 
 def test_every_limit_is_tested_here():
     assert sorted(LIMITS) == sorted((*LISTS, *NUMBERS, *ELSEWHERE))
+
+
+@pytest.mark.xfail(strict=True, reason="the README has no table yet")
+def test_the_readme_has_the_table():
+    """`python -c "from fastgen.limits import *; print(*markdown(), sep=chr(10))"` prints it."""
+    assert "\n".join(markdown()) in (ROOT / "README.md").read_text()
+
+
+def test_the_table_has_a_row_for_each_limit():
+    rows = list(markdown())[2:]
+    assert len(rows) == len(LIMITS)
+    for row, (name, limit) in zip(rows, LIMITS.items(), strict=True):
+        assert name.removesuffix("[i]") in row
+        assert f"| {limit.low:,} | {limit.high:,} |" in row
 
 
 @pytest.mark.parametrize("name", LISTS)

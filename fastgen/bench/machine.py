@@ -44,11 +44,20 @@ def reset_peak_rss(pid: int | str = "self") -> None:
         pass
 
 
+def rss_bytes(pid: int | str = "self") -> int | None:
+    """Resident set of a process now; None if nobody tells."""
+    return _memory("VmRSS:", pid)
+
+
 def peak_rss_bytes(pid: int | str = "self") -> int | None:
     """Largest resident set of a process since `reset_peak_rss`; None if nobody tells."""
+    return _memory("VmHWM:", pid)
+
+
+def _memory(field: str, pid: int | str) -> int | None:
     try:
         for line in (_PROC / str(pid) / "status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(field):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
