@@ -95,11 +95,12 @@ class Engine:
                 finish_reason "deadline".
         Raises: InvalidRequestError, CapacityError, QueueFullError, EngineClosedError.
         """
+        self._check_queue()
         core = self._core()
         requests = self._requests(prompt, params, cache_salt, priority, deadline_s)
         try:
-            core.submit_all(requests, max_queue=core.config.max_queue)
-        except BaseException:  # a KeyboardInterrupt, too: nobody else knows of them
+            core.submit_all(requests, may_be_refused=True)
+        except KeyboardInterrupt:  # nobody else knows of them
             core.cancel_all(requests, wait=False)
             raise
         return requests[0]
@@ -162,7 +163,7 @@ class Engine:
                 raise type(error)(f"prompt {index}: {error}") from error
             requests.extend(siblings)
         try:
-            core.submit_all(requests, max_queue=core.config.max_queue)
+            core.submit_all(requests, may_be_refused=True)
             return [self.result(request) for request in requests if request.index == 0]
         finally:
             core.cancel_all(requests)
@@ -218,6 +219,12 @@ class Engine:
     def _check_open(self) -> None:
         if self._closed:
             raise EngineClosedError("this engine is closed; make a new one: fastgen.Engine(model)")
+
+    def _check_queue(self) -> None:
+        """Refuse a request before it costs time, if the queue is full already."""
+        self._check_open()
+        if (optimized := api.lookup(self.model)) is not None:
+            optimized.engine().check_queue(1)
 
     def _core(self) -> EngineCore:
         self._check_open()
@@ -325,7 +332,9 @@ class Engine:
         text, reason, error = "", request.finish_reason, request.error
         try:
             text = self._text(request)
-        except Exception as raised:  # of the tokenizer; other requests' texts are whole
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as raised:  # of the tokenizer: a panic of Rust's is no Exception
             reason, error = "error", error or raised
         return Completion(
             index=request.index,

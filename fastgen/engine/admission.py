@@ -23,6 +23,8 @@ def check_request(request: Request, vocab_size: int, max_model_len: int) -> None
             f"({max_model_len}); shorten one of them"
         )
     largest = vocab_size - 1
+    if request.query_token_id is not None:
+        check_int("query_token_id", request.query_token_id, 0, largest, InvalidRequestError)
     for token_id in prompt:
         if type(token_id) is not int or not 0 <= token_id <= largest:
             check_int("each prompt token id", token_id, 0, largest, InvalidRequestError)

@@ -124,11 +124,11 @@ class EngineCore:
         self.submit_all([request])
 
     def submit_all(
-        self, requests: list[Request], together: bool = False, max_queue: int | None = None
+        self, requests: list[Request], together: bool = False, may_be_refused: bool = False
     ) -> None:
         """Check requests and queue all or none.
 
-        together: They must all fit at once. max_queue: Most requests that may wait, these included.
+        together: They must all fit at once. may_be_refused: max_queue of the Config counts.
         Raises: as `submit`, and QueueFullError.
         """
         for request in requests:
@@ -147,17 +147,28 @@ class EngineCore:
             elif not request.sampling.greedy and request.group is None:
                 request.seed = int(torch.randint(SEED_MAX, ()))  # as torch.manual_seed governs
         with self._queue_lock:
-            num_waiting = self._num_waiting + sum(len(s.requests) for s in self._on_the_way)
-            if max_queue is not None and num_waiting + len(requests) > max_queue:
-                self._recorder.note("queue_full")
-                raise QueueFullError(
-                    f"{num_waiting} requests wait and {len(requests)} more are given; max_queue is "
-                    f"{max_queue}: try again later, or raise it"
-                )
+            if may_be_refused:
+                self.check_queue(len(requests))
             submission = _Submission(requests)
             self._on_the_way.add(submission)
             self._mailbox.post(lambda: self._admit(submission))
         release_openmp_team()  # the caller is about to wait
+
+    def check_queue(self, num_more: int) -> None:
+        """Whether so many more requests may wait.
+
+        Raises: QueueFullError if they would be more than max_queue.
+        """
+        max_queue = self.config.max_queue
+        if max_queue is None:
+            return
+        num_waiting = self._num_waiting + sum(len(s.requests) for s in tuple(self._on_the_way))
+        if num_waiting + num_more > max_queue:
+            self._recorder.note("queue_full")
+            raise QueueFullError(
+                f"{num_waiting} requests wait and {num_more} more are given; max_queue is "
+                f"{max_queue}: try again later, or raise it"
+            )
 
     def cancel_all(self, requests: Iterable[Request], wait: bool = True) -> None:
         """End requests wherever they are; their blocks are free when a waiting call returns.

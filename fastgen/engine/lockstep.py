@@ -41,7 +41,7 @@ class LockstepGroup:
     def __enter__(self) -> LockstepGroup:
         try:
             self._engine.submit_all(self.requests, together=True)
-        except BaseException:
+        except KeyboardInterrupt:
             self._engine.cancel_all(self.requests)
             raise
         return self
@@ -73,9 +73,14 @@ class LockstepGroup:
     def feed(self, token_ids: list[int], parents: list[int] | None = None) -> None:
         """The next token of every row.
 
+        Raises: IndexError for a token that the model has not; it would end other requests, too.
+
         parents: Row i goes on from what row parents[i] was, then gets token_ids[i]; None: every
         row goes on from itself.
         """
+        vocab_size = self._engine.compiled.vocab_size
+        if not all(0 <= token_id < vocab_size for token_id in token_ids):
+            raise IndexError(f"next tokens must be between 0 and {vocab_size - 1}, got {token_ids}")
         if parents is not None:
             parents = [self._leaders[parent] for parent in parents]
         assert parents is not None or not any(r.needs_fork for r in self.requests), (

@@ -117,7 +117,7 @@ class _Beams:
         """Choose each beam's next token, and the beams that go on, from [P * N, vocab_size]."""
         model, config, num_beams = self._model, self._config, self._num_beams
         vocab_size = next_scores.shape[-1]
-        summed = next_scores.view(self._num_prompts, num_beams, vocab_size)
+        summed = next_scores.reshape(self._num_prompts, num_beams, *next_scores.shape[1:])
         summed = (summed + self.running_scores[..., None]).flatten(1)
         candidate_scores, candidates, candidate_indices = model._get_top_k_continuations(
             accumulated_log_probs=summed,

@@ -24,6 +24,12 @@ def requests_of(call: PreparedCall) -> list[Request]:
         raise TransformersLoop("inputs_embeds are not [B, T, hidden_size]")
     if input_ids.dim() != 2 or input_ids.is_floating_point():
         raise TransformersLoop("input_ids are not a matrix of integers")
+    if not len(input_ids):
+        raise TransformersLoop("there are no rows")
+    if call.inputs_embeds is None and input_ids.numel():
+        least, most = input_ids.aminmax()
+        if least < 0 or most >= call.engine.compiled.vocab_size:
+            raise TransformersLoop("input_ids hold ids that are not in the vocabulary")
     sampling = SamplingParams(max_tokens=max_new_tokens, temperature=0.0)
     stop_token_ids = call.eos_token_ids
     num_rows, num_prompt = call.prompt_shape

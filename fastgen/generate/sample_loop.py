@@ -48,11 +48,12 @@ def run_sample_loop(call: PreparedCall, requests: list[Request]) -> Any:
                 tokens = tokens * unfinished + pad * (1 - unfinished)
             input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
             unfinished = unfinished & ~call.stopping_criteria(input_ids, scores)
+            token_ids = tokens.tolist()  # before the streamer may write into them
             if call.streamer is not None:
                 call.streamer.put(tokens.cpu())
             if unfinished.max() == 0:
                 break
-            group.feed(tokens.tolist())
+            group.feed(token_ids)
         if as_dict:
             num_new = input_ids.shape[1] - call.input_ids.shape[1]
             fill_cache(call, requests, call.prompt_shape[1] + num_new - 1)

@@ -120,33 +120,13 @@ CHANGES = {
 }
 
 
-BEYOND = "a token that the model has not fails the step of all"
-
-
-def known(name: str, reason: str) -> Any:
-    return pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=reason))
-
-
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
-@pytest.mark.parametrize(
-    "name",
-    [
-        *(name for name in CHANGES if name != "wider"),
-        known("wider", BEYOND),
-    ],
-)
+@pytest.mark.parametrize("name", CHANGES)
 def test_a_processor(agrees, name, sampled):
     agrees(sampled=sampled, make=lambda: {"logits_processor": [Processor(CHANGES[name])]})
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *(name for name in CHANGES if name not in ("wider", "deeper")),
-        known("wider", BEYOND),
-        known("deeper", "beams take scores of a shape that transformers does not"),
-    ],
-)
+@pytest.mark.parametrize("name", CHANGES)
 def test_a_processor_of_beams(agrees, name):
     agrees(num_beams=3, make=lambda: {"logits_processor": [Processor(CHANGES[name])]})
 
@@ -240,7 +220,7 @@ def test_a_streamer(agrees, name):
     [
         "put-raises",
         "end-raises",
-        known("put-rewrites", "what a streamer writes into its tokens is what goes on"),
+        "put-rewrites",
     ],
 )
 def test_a_streamer_of_rows_in_lockstep(agrees, name):
@@ -302,18 +282,7 @@ INPUTS = {
 }
 
 
-DIFFERENT = {
-    "id-hidden-beyond": "an id that the model has not is not seen where it is hidden",
-    "id-asked-beyond": "the last id of a row that is hidden is not checked: it fails all",
-    "id-asked-negative": "the last id of a row that is hidden is not checked: it fails all",
-    "no-rows": "a ValueError is raised where transformers raises RuntimeError",
-}
-
-
-@pytest.mark.parametrize(
-    "name",
-    [*sorted(INPUTS.keys() - DIFFERENT.keys()), *(known(*item) for item in DIFFERENT.items())],
-)
+@pytest.mark.parametrize("name", INPUTS)
 def test_an_input(agrees, name):
     agrees(**INPUTS[name])
 

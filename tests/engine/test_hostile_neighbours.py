@@ -311,21 +311,7 @@ def test_a_failed_stop_string_raises_from_the_stream(neighbours):
         neighbours.beside(call)
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        Boom("mine"),
-        pytest.param(
-            Panic("mine"),
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="of a tokenizer only an Exception becomes the output's error",
-                raises=Panic,
-            ),
-        ),
-    ],
-    ids=["raises", "panics"],
-)
+@pytest.mark.parametrize("error", [Boom("mine"), Panic("mine")], ids=["raises", "panics"])
 def test_a_tokenizer_that_fails_a_result(neighbours, error):
     def call(engine):
         tokenizer = Decoding(error)

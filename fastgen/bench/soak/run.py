@@ -169,8 +169,8 @@ def _check_end(
         ledger.violation(fault)
     if core._sampling:
         ledger.violation(f"{len(core._sampling)} states of the sampler are left")
-    if core._num_on_the_way:
-        ledger.violation(f"{core._num_on_the_way} requests never reached the scheduler")
+    if core._on_the_way:
+        ledger.violation(f"{len(core._on_the_way)} submissions never reached the scheduler")
     gc.collect()
     left = _num_requests_in_memory() - requests_before
     if left:
