@@ -147,7 +147,7 @@ def watching(core: EngineCore, watched: WatchedForward) -> Iterator[list[StepRec
     engine: Any = core
     scheduler, runner, compiled = engine._scheduler, engine._runner, engine.compiled
     assert scheduler is not None, "the engine has not run yet"
-    schedule, step, forward = scheduler.schedule, engine._step, compiled._forward
+    schedule, step, forward = scheduler.schedule, engine.step, compiled._forward
     sample = delivery.sample
 
     def timed_schedule() -> SchedulerOutput:
@@ -173,12 +173,12 @@ def watching(core: EngineCore, watched: WatchedForward) -> Iterator[list[StepRec
         return worked
 
     def put_in() -> None:
-        scheduler.schedule, engine._step = timed_schedule, timed_step
+        scheduler.schedule, engine.step = timed_schedule, timed_step
         engine._runner = _WatchedRunner(runner, watched, records)
         compiled._forward, delivery.sample = watched.forward, timed_sample
 
     def take_out() -> None:
-        del scheduler.schedule, engine._step
+        del scheduler.schedule, engine.step
         engine._runner, compiled._forward, delivery.sample = runner, forward, sample
 
     core._mailbox.call(put_in)

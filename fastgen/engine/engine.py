@@ -7,9 +7,8 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -24,6 +23,7 @@ from ..errors import (
 )
 from ..outputs import EngineMetrics
 from ..passes import Variant
+from . import thread
 from .admission import check_request
 from .block_pool import BlockPool
 from .decode_graphs import CudaCapturer, DecodeGraphs
@@ -83,15 +83,7 @@ class EngineCore:
         self._mailbox = Mailbox()
         note = self._recorder.note
         self.watchdog = Watchdog(config.watchdog_s, lambda: note("watchdog_warnings"))
-        thread = threading.Thread(
-            target=_run_engine,
-            args=(weakref.ref(self), self._mailbox),
-            name="fastgen-engine",
-            daemon=True,
-        )
-        self._mailbox.thread = thread
-        self._closer = weakref.finalize(self, _end_threads, self._mailbox, self.watchdog)
-        thread.start()
+        self._closer = thread.start(self, self._mailbox, self.watchdog)
 
     # Called from any thread.
 
@@ -316,7 +308,7 @@ class EngineCore:
         """End all requests and the thread; later calls raise EngineClosedError."""
         if self._closer.alive:
             with contextlib.suppress(EngineClosedError):  # the thread is gone, and told everybody
-                self._mailbox.call(self._abandon)
+                self._mailbox.call(self.abandon)
             self._closer()
 
     # Called on the engine thread.
@@ -418,13 +410,13 @@ class EngineCore:
         for forward in (self.compiled, *self.variants.values()):
             forward.release()
 
-    def _abandon(self, error: BaseException | None = None) -> None:
+    def abandon(self, error: BaseException | None = None) -> None:
         scheduler = self._scheduler
         for request in (*scheduler.running, *scheduler.waiting) if scheduler else ():
             self._finish(request, "error" if error else "cancelled", error)
         self._release("close the engine")
 
-    def _step(self) -> bool:
+    def step(self) -> bool:
         """Run the messages and one step; False if there was nothing to compute."""
         start = time.perf_counter()
         while (message := self._mailbox.take()) is not None:
@@ -482,7 +474,19 @@ class EngineCore:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # what torch keeps may be in pieces
 
-    def _seconds_to_deadline(self) -> float | None:
+    def forked(self) -> None:
+        """In a forked child: the requests end here, and go on in the parent."""
+        self._closer.detach()
+        self._mailbox.forked()
+        self._queue_lock = threading.Lock()
+        scheduler = self._scheduler
+        error = EngineClosedError("the process was forked: the request goes on in the parent")
+        for request in (*scheduler.running, *scheduler.waiting) if scheduler else ():
+            if request.status is not RequestStatus.FINISHED:
+                request.end("error", error)
+                request.done.set()
+
+    def seconds_to_deadline(self) -> float | None:
         """How long a paused engine may wait; None: for ever."""
         deadline = None if self._scheduler is None else self._scheduler.next_deadline()
         return None if deadline is None else max(0.0, deadline - time.perf_counter())
@@ -551,11 +555,6 @@ class _Submission:
     requests: list[Request]
 
 
-def _end_threads(mailbox: Mailbox, watchdog: Watchdog) -> None:
-    watchdog.close()
-    mailbox.close()
-
-
 def failure(request: Request, error: BaseException | None = None) -> FastgenError:
     """The error a caller sees for a request that did not come to its own end.
 
@@ -572,27 +571,3 @@ def failure(request: Request, error: BaseException | None = None) -> FastgenErro
     )
     failed.__cause__ = cause
     return failed
-
-
-def _run_engine(reference: Callable[[], Any], mailbox: Mailbox) -> None:
-    """The engine thread: works while there is work, waits without holding the engine."""
-    timeout = None
-    while mailbox.wait(release_openmp_team, timeout):
-        engine: EngineCore | None = reference()
-        if engine is None:
-            return
-        try:
-            goes_on = True
-            while goes_on and not mailbox.closed:
-                with engine.watchdog.watching("a step of the engine"):
-                    goes_on = engine._step()
-            timeout = engine._seconds_to_deadline()
-        except BaseException as error:
-            logger.exception("the engine stopped")
-            mailbox.close(join=False)
-            while (message := mailbox.take()) is not None:  # who waits for an answer gets one
-                with contextlib.suppress(BaseException):
-                    message()
-            engine._abandon(error)
-            return
-        del engine

@@ -57,6 +57,13 @@ class Mailbox:
             raise error
         return result
 
+    def forked(self) -> None:
+        """In a forked child: the thread is not here, but may have had the lock."""
+        self._lock = threading.Lock()
+        self._condition = threading.Condition(self._lock)
+        self._messages.clear()
+        self._closed, self.thread = True, None
+
     @property
     def closed(self) -> bool:
         return self._closed

@@ -177,7 +177,7 @@ def test_close_after_the_thread_has_died(own_model, expected, monkeypatch):
     def fail() -> None:
         raise Boom("our own")
 
-    monkeypatch.setattr(core, "_step", fail)
+    monkeypatch.setattr(core, "step", fail)
     core._mailbox.post(lambda: None)
     within(core._mailbox.thread.join)
     with pytest.raises(EngineClosedError):
@@ -193,7 +193,7 @@ def test_new_engine_after_the_thread_has_died(own_model, expected, monkeypatch):
     def fail() -> None:
         raise Boom("our own")
 
-    monkeypatch.setattr(core, "_step", fail)
+    monkeypatch.setattr(core, "step", fail)
     core._mailbox.post(lambda: None)
     within(core._mailbox.thread.join)
     check_usable(own_model, expected)
