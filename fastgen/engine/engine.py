@@ -477,11 +477,13 @@ class EngineCore:
     def forked(self) -> None:
         """In a forked child: the requests end here, and go on in the parent."""
         self._closer.detach()
+        requests = [request for each in tuple(self._on_the_way) for request in each.requests]
+        if self._scheduler is not None:
+            requests += [*self._scheduler.running, *self._scheduler.waiting]
         self._mailbox.forked()
         self._queue_lock = threading.Lock()
-        scheduler = self._scheduler
         error = EngineClosedError("the process was forked: the request goes on in the parent")
-        for request in (*scheduler.running, *scheduler.waiting) if scheduler else ():
+        for request in requests:
             if request.status is not RequestStatus.FINISHED:
                 request.end("error", error)
                 request.done.set()
