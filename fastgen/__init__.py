@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .api import explain, optimize, release_cache, restore, weights_changed
+    from .api import optimize, restore
     from .async_engine import AsyncEngine
     from .config import Config, SamplingParams
     from .errors import (
@@ -32,12 +32,13 @@ if TYPE_CHECKING:
         TokenEvent,
     )
     from .planning import Plan, plan
+    from .registry import explain, release_cache, weights_changed
     from .verification import verify
     from .verification_report import Verification
 
 # Where each public name lives; imported at first use, so that `import fastgen` costs nothing.
 _HOMES = {
-    "api": ("explain", "optimize", "release_cache", "restore", "weights_changed"),
+    "api": ("optimize", "restore"),
     "async_engine": ("AsyncEngine",),
     "config": ("Config", "SamplingParams"),
     "errors": (
@@ -61,6 +62,7 @@ _HOMES = {
         "TokenEvent",
     ),
     "planning": ("Plan", "plan"),
+    "registry": ("explain", "release_cache", "weights_changed"),
     "verification": ("verify",),
     "verification_report": ("Verification",),
 }

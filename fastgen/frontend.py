@@ -6,14 +6,14 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from . import api
 from .config import Config, SamplingParams, check_limit
 from .engine.engine import EngineCore, failure
 from .engine.request import Request
 from .engine.token_reader import News, TokenReader
 from .errors import EngineClosedError, InvalidRequestError
-from .generate import TransformersLoop
+from .optimized import TransformersLoop
 from .outputs import Completion, EngineMetrics, RequestOutput, TokenEvent
+from .registry import lookup, require
 from .text import Prompt, TextStream, bad_word_ids, encode_prompt
 
 # Fields of a generation config that change tokens and that SamplingParams has no name for, with
@@ -68,8 +68,10 @@ class Engine:
     def __init__(
         self, model: Any, tokenizer: Any = None, config: Config | None = None, **fields: Any
     ) -> None:
-        if api.lookup(model) is None or config is not None or fields:
-            api.optimize(model, config, **fields)
+        if lookup(model) is None or config is not None or fields:
+            from .api import optimize  # for a loaded model nothing that captures is imported
+
+            optimize(model, config, **fields)
         self.model, self.tokenizer = model, tokenizer
         self._closed = False
 
@@ -123,7 +125,7 @@ class Engine:
 
     def cancel(self, request: Request, *, wait: bool = True) -> None:
         """End a request in any state; its blocks are free when this returns, if it waits."""
-        optimized = api.lookup(self.model)
+        optimized = lookup(self.model)
         if optimized is not None and any(r.finish_reason is None for r in request.outputs):
             optimized.engine().cancel_all(request.outputs, wait)
 
@@ -172,7 +174,7 @@ class Engine:
         """
         if not wait:
             self._check_open()
-            return api.require(self.model).engine().metrics(wait=False)
+            return require(self.model).engine().metrics(wait=False)
         return self._core().metrics()
 
     def pause(self) -> None:
@@ -189,7 +191,7 @@ class Engine:
         A paused engine is resumed to drain. Requests of the model's `generate()` are waited for
         too: it shares the engine.
         """
-        optimized = api.lookup(self.model)
+        optimized = lookup(self.model)
         if drain and not self._closed and optimized is not None:
             core = self._core()
             self._closed = True
@@ -200,7 +202,7 @@ class Engine:
 
     def close(self) -> None:
         """End all requests and free the KV cache; the model stays optimised."""
-        optimized = api.lookup(self.model)
+        optimized = lookup(self.model)
         if not self._closed and optimized is not None:
             optimized.close_engine()
         self._closed = True
@@ -218,7 +220,7 @@ class Engine:
     def _core(self) -> EngineCore:
         self._check_open()
         try:
-            core = api.require(self.model).ready(self.model)
+            core = require(self.model).ready(self.model)
             core.fills_gpu = True
             return core
         except TransformersLoop as reason:
