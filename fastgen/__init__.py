@@ -9,9 +9,12 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .api import optimize, restore
+    from .artifact.export import export
+    from .artifact.load import load
     from .async_engine import AsyncEngine
     from .config import Config, SamplingParams
     from .errors import (
+        ArtifactError,
         CapacityError,
         EngineClosedError,
         FastgenError,
@@ -39,9 +42,12 @@ if TYPE_CHECKING:
 # Where each public name lives; imported at first use, so that `import fastgen` costs nothing.
 _HOMES = {
     "api": ("optimize", "restore"),
+    "artifact.export": ("export",),
+    "artifact.load": ("load",),
     "async_engine": ("AsyncEngine",),
     "config": ("Config", "SamplingParams"),
     "errors": (
+        "ArtifactError",
         "CapacityError",
         "EngineClosedError",
         "FastgenError",
@@ -76,6 +82,8 @@ __all__ = [  # noqa: RUF022 - in the order of a reader's interest
     "weights_changed",
     "plan",
     "verify",
+    "export",
+    "load",
     "Engine",
     "AsyncEngine",
     "Config",
@@ -92,6 +100,7 @@ __all__ = [  # noqa: RUF022 - in the order of a reader's interest
     "UnsupportedModelError",
     "NotOptimizedError",
     "ReleasedWeightsError",
+    "ArtifactError",
     "InvalidRequestError",
     "CapacityError",
     "QueueFullError",

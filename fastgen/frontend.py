@@ -284,32 +284,7 @@ class Engine:
 
     def default_params(self) -> SamplingParams:
         """Sampling as the model's generation config says: greedy unless do_sample is set."""
-        config = self.model.generation_config
-        for name, off in _NOT_IN_SAMPLING_PARAMS.items():
-            if getattr(config, name, None) not in (None, *off):
-                raise InvalidRequestError(
-                    f"generation_config sets {name}={getattr(config, name)!r}, which Engine does "
-                    "not do (model.generate() does); pass params"
-                )
-        max_tokens = config.max_new_tokens or SamplingParams.max_tokens
-        num_outputs = config.num_return_sequences or 1
-        penalty = _or(config.repetition_penalty, 1.0)
-        if not config.do_sample:
-            return SamplingParams(
-                n=num_outputs,
-                max_tokens=max_tokens,
-                temperature=0.0,
-                repetition_penalty=penalty,
-            )
-        return SamplingParams(
-            n=num_outputs,
-            max_tokens=max_tokens,
-            temperature=_or(config.temperature, 1.0),
-            top_k=_or(config.top_k, 50),  # transformers' default when sampling
-            top_p=_or(config.top_p, 1.0),
-            min_p=_or(config.min_p, 0.0),
-            repetition_penalty=penalty,
-        )
+        return params_of(self.model.generation_config)
 
     def _output(self, request: Request) -> RequestOutput:
         return RequestOutput(
@@ -349,6 +324,38 @@ class Engine:
         stream = TextStream(self.tokenizer, params)
         text = "".join(stream.take([token_id]) for token_id in token_ids)
         return text + stream.take([], last=True)
+
+
+def params_of(config: Any) -> SamplingParams:
+    """Sampling as a generation config says: greedy unless do_sample is set.
+
+    Raises: InvalidRequestError if it asks for what SamplingParams has no name for.
+    """
+    for name, off in _NOT_IN_SAMPLING_PARAMS.items():
+        if getattr(config, name, None) not in (None, *off):
+            raise InvalidRequestError(
+                f"generation_config sets {name}={getattr(config, name)!r}, which Engine does "
+                "not do (model.generate() does); pass params"
+            )
+    max_tokens = config.max_new_tokens or SamplingParams.max_tokens
+    num_outputs = config.num_return_sequences or 1
+    penalty = _or(config.repetition_penalty, 1.0)
+    if not config.do_sample:
+        return SamplingParams(
+            n=num_outputs,
+            max_tokens=max_tokens,
+            temperature=0.0,
+            repetition_penalty=penalty,
+        )
+    return SamplingParams(
+        n=num_outputs,
+        max_tokens=max_tokens,
+        temperature=_or(config.temperature, 1.0),
+        top_k=_or(config.top_k, 50),  # transformers' default when sampling
+        top_p=_or(config.top_p, 1.0),
+        min_p=_or(config.min_p, 0.0),
+        repetition_penalty=penalty,
+    )
 
 
 class EventStream:

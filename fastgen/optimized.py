@@ -168,6 +168,11 @@ class OptimizedModel:
         return self._maker.source
 
     @property
+    def graphs(self) -> Graphs:
+        """Those in use, of which the plain one has all weights."""
+        return self._graph
+
+    @property
     def compiled(self) -> CompiledForward:
         """The plain graph."""
         return self._graph.compiled
