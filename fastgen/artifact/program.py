@@ -49,10 +49,17 @@ PROGRAMS: dict[str, ProgramKind] = {
     "direct": ProgramKind((), _write_nothing, _run_directly),
 }
 DEFAULT = "direct"
+# Whose ops are there without another package.
+_NAMESPACES = ("aten", "prims", "fastgen")
 
 
 def write_graph(folder: Path, graph: CapturedGraph, report: Report) -> None:
     """Raises: ArtifactError for a graph that JSON cannot hold."""
+    for node in graph.graph.nodes:
+        if getattr(node.target, "namespace", "aten") not in _NAMESPACES:
+            raise ArtifactError(
+                f"the graph calls {node.target}, an op that fastgen.load would not know"
+            )
     try:
         text = json.dumps(written(graph, report))
     except NotCacheableError as error:
