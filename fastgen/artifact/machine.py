@@ -46,7 +46,7 @@ def check_machine(manifest: Manifest) -> None:
         if (why := _why_not(isa)) is not None:
             raise ArtifactError(
                 f"its weights are packed for a processor with {isa}, and {why}: export it here, or "
-                "with pack=False"
+                "optimize the model with pack=False before"
             )
 
 
@@ -72,13 +72,11 @@ def _why_not(isa: str) -> str | None:
         case "avx512_bf16":
             if (why := cpu.why_missing()) is not None:
                 return why
-            return (
-                "the C++ kernels have no bf16 instructions here" * (cpu.isa() == "generic") or None
-            )
+            return "there are no such instructions here" if cpu.isa() == "generic" else None
         case "onednn_bf16":
             has_it = torch.backends.mkldnn.is_available()
             has_it = has_it and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-            return None if has_it else "oneDNN does not use them here"
+            return None if has_it else "oneDNN has none here"
     return "this fastgen does not know what that is"
 
 
