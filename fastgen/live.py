@@ -6,7 +6,7 @@ import ctypes
 import dataclasses
 import enum
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,10 +90,17 @@ class LiveWeights:
 
     Args:
         weight_check: How `check` looks for values that changed without a new version; see Config.
+        memory: Gives so many bytes for packed weights: [num_bytes] uint8.
     """
 
-    def __init__(self, model: nn.Module, weight_check: str = "sampled") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        weight_check: str = "sampled",
+        memory: Callable[[int], torch.Tensor] = huge_pages,
+    ) -> None:
         self.weight_check = weight_check
+        self._memory = memory
         self.released = ReleasedWeights()
         self._model = weakref.ref(model)
         self._plans: dict[str, MergePlan] = {}
@@ -193,7 +200,7 @@ class LiveWeights:
         """Memory for packed copies, one after the other; what there is already serves again."""
         shapes = {spec: tuple(weight.shape) for spec, weight in weights.items()}
         if shapes != self._packed_shapes:
-            self._packed, self._packed_shapes = _room_for(weights), shapes
+            self._packed, self._packed_shapes = _room_for(weights, self._memory), shapes
 
     def _members(self, target: str) -> dict[str, nn.Parameter]:
         """The parameters that a packed weight is made from, in its order."""
@@ -316,11 +323,13 @@ class LiveWeights:
         return model
 
 
-def _room_for(sources: dict[InputSpec, torch.Tensor]) -> dict[InputSpec, torch.Tensor]:
+def _room_for(
+    sources: dict[InputSpec, torch.Tensor], memory: Callable[[int], torch.Tensor]
+) -> dict[InputSpec, torch.Tensor]:
     """Where the packed copies will lie, for layouts whose memory is ours."""
     ours = {spec: weight for spec, weight in sources.items() if spec.layout != "onednn"}
     sizes = [packed_bytes(weight.shape, spec.layout) for spec, weight in ours.items()]
-    parts = huge_pages(sum(sizes)).split(sizes) if sizes else ()
+    parts = memory(sum(sizes)).split(sizes) if sizes else ()
     return {
         spec: part.view(weight.dtype).view(packed_shape(weight.shape, spec.layout))
         for (spec, weight), part in zip(ours.items(), parts, strict=True)

@@ -12,6 +12,7 @@ import torch
 from .. import registry
 from ..compiled import CompiledForward
 from ..config import Config
+from ..engine.kv_cache import free_memory_bytes
 from ..errors import ArtifactError, UnsupportedModelError
 from ..kernels.cpu import why_missing
 from ..optimized import Graphs, OptimizedModel, timed
@@ -21,6 +22,7 @@ from ..released import guard, unguard
 from .loaded import GenerationConfig, LoadedModel
 from .machine import check_machine, check_memory
 from .manifest import CheckedFolder, Manifest
+from .prefault import Prefault
 from .program import GRAPH, PROGRAMS, read_graph
 from .weights import BUFFERS, files_of, read_tensors
 
@@ -44,14 +46,34 @@ def assemble(
     manifest = checked.manifest
     check_machine(manifest)
     config = _config(manifest, config, fields)
+    free_bytes = free_memory_bytes(torch.device(manifest.device))
+    check_memory(manifest.packed_bytes, free_bytes, manifest.device)
+    prefault = Prefault(manifest.packed_bytes)
+    try:
+        return _assemble(checked, weights, config, prefault, free_bytes, start)
+    finally:
+        prefault.cancel()
+
+
+def _assemble(
+    checked: CheckedFolder,
+    weights: Path | None,
+    config: Config,
+    prefault: Prefault,
+    free_bytes: int,
+    start: dict[str, float],
+) -> LoadedModel:
+    manifest = checked.manifest
     graphs = _graphs(checked, config, start)
-    check_memory(_memory_bytes(manifest, graphs.rewritten, config), graphs.device)
+    needed = _memory_bytes(manifest, graphs.rewritten, config)
+    check_memory(needed, free_bytes, manifest.device)
     with timed(start, "weights compared and opened"):
         tensors = _tensors(checked, weights, graphs.device)
         generation_config = GenerationConfig(_json(checked.wait(GENERATION_CONFIG)))
         checked.wait_all()
     model = LoadedModel(checked.path, manifest, tensors, generation_config)
-    optimized = OptimizedModel(model, config, _ArtifactMaker(graphs, checked.path, start))
+    maker = _ArtifactMaker(graphs, checked.path, start)
+    optimized = OptimizedModel(model, config, maker, prefault.take)
     try:
         if optimized.weights.released:
             guard(LoadedModel)

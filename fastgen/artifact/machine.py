@@ -7,7 +7,6 @@ from collections.abc import Iterable
 import torch
 
 from .._version import __version__
-from ..engine.kv_cache import free_memory_bytes
 from ..errors import ArtifactError
 from ..kernels import cpu
 from ..passes import InputSpec
@@ -80,11 +79,10 @@ def _why_not(isa: str) -> str | None:
     return "this fastgen does not know what that is"
 
 
-def check_memory(needed_bytes: int, device: torch.device) -> None:
+def check_memory(needed_bytes: int, free_bytes: int, device: str) -> None:
     """Raise ArtifactError unless so much memory is free."""
-    free = free_memory_bytes(device)
-    if needed_bytes > free:
+    if needed_bytes > free_bytes:
         raise ArtifactError(
             f"its weights take {needed_bytes / 2**20:.0f} MiB of memory on {device} as they are "
-            f"merged and packed, and {free / 2**20:.0f} MiB are free"
+            f"merged and packed, and {free_bytes / 2**20:.0f} MiB are free"
         )

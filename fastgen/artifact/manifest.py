@@ -52,7 +52,8 @@ class Manifest:
     model: The class it was exported from. program: How the graph is run, see program.py. device:
     Where it runs. isa: What the processor must have for packed weights, see machine.py. settings:
     Fields of Config that the graph depends on. cache: One entry per layer of the KV cache.
-    weights: Of weights*.safetensors; buffers: of buffers.safetensors. files: By their path.
+    packed_bytes: Of packed weights in memory of ours.
+    weights: Of model*.safetensors; buffers: of buffers.safetensors. files: By their path.
     """
 
     format: int
@@ -67,6 +68,7 @@ class Manifest:
     why_not_longer: str
     settings: dict[str, Any]
     cache: tuple[dict[str, Any], ...]
+    packed_bytes: int
     weights: tuple[TensorEntry, ...]
     buffers: tuple[TensorEntry, ...]
     files: dict[str, FileEntry]

@@ -88,7 +88,7 @@ def test_what_layouts_need(layouts, isa):
 @pytest.mark.parametrize("release", [False, True], ids=["kept", "released"])
 def test_too_little_memory(packed_folder, release, monkeypatch):
     asked = []
-    monkeypatch.setattr(machine, "free_memory_bytes", lambda device: asked.append(device) or 1000)
+    monkeypatch.setattr(assemble, "free_memory_bytes", lambda device: asked.append(device) or 1000)
     monkeypatch.setattr(assemble, "read_tensors", None)  # nothing is opened
     with pytest.raises(ArtifactError, match=r"take \d+ MiB of memory on cpu .*, and 0 MiB are"):
         fastgen.load(packed_folder, release_weights=release)
