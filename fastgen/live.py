@@ -91,6 +91,8 @@ class LiveWeights:
     Args:
         weight_check: How `check` looks for values that changed without a new version; see Config.
         memory: Gives so many bytes for packed weights: [num_bytes] uint8.
+        merges_packed: Whether members lie in one merged weight even if the graph reads only a
+            packed copy of it; not worth it where they are pages of a file.
     """
 
     def __init__(
@@ -98,9 +100,10 @@ class LiveWeights:
         model: nn.Module,
         weight_check: str = "sampled",
         memory: Callable[[int], torch.Tensor] = huge_pages,
+        merges_packed: bool = True,
     ) -> None:
         self.weight_check = weight_check
-        self._memory = memory
+        self._memory, self._merges_packed = memory, merges_packed
         self.released = ReleasedWeights()
         self._model = weakref.ref(model)
         self._plans: dict[str, MergePlan] = {}
@@ -112,13 +115,14 @@ class LiveWeights:
         self._packed: dict[InputSpec, torch.Tensor] = {}
         self._packed_shapes: dict[InputSpec, tuple] = {}
 
-    def attach(self, plans: Iterable[MergePlan]) -> None:
+    def attach(self, plans: Iterable[MergePlan], inputs: Iterable[InputSpec] = ()) -> None:
         """Lay out these merged weights and no others, one at a time.
 
+        inputs: Of the graph that reads them.
         A plan that is laid out already, by the same parameters, stays as it is, and so does one
         whose parameters were released. After a failure nothing is laid out or released.
         """
-        plans, model = tuple(plans), self._require_model()
+        plans, model, read = tuple(plans), self._require_model(), set(inputs)
         self._plans = {plan.name: plan for plan in plans}
         self._forget()
         try:
@@ -127,7 +131,8 @@ class LiveWeights:
                     _split(self._merged.pop(plan), _tensors_of(model))
             for plan in plans:
                 released = is_released(model.get_parameter(plan.members[0]))
-                if plan not in self._merged and not released:
+                unread = not self._merges_packed and InputSpec("merged", plan.name) not in read
+                if plan not in self._merged and not (released or unread):
                     self._merged[plan] = _merge(model, plan)
         except BaseException:
             self.detach()
@@ -180,13 +185,11 @@ class LiveWeights:
                         to_pack[spec] = members
                     else:
                         found[spec] = packed
-        weights = {
-            spec: merged.get(spec.target, next(iter(members.values())))
-            for spec, members in to_pack.items()
-        }
-        self._make_room(weights)
+        self._make_room({spec: _joined_form(members) for spec, members in to_pack.items()})
         for spec, members in to_pack.items():
-            found[spec] = pack(weights.pop(spec), spec.layout, self._packed.get(spec))
+            weight = merged[spec.target] if spec.target in merged else _joined(members)
+            found[spec] = pack(weight, spec.layout, self._packed.get(spec))
+            del weight
             if release:
                 merged.pop(spec.target, None)
                 self._release(spec, members, found[spec], inputs)
@@ -232,7 +235,7 @@ class LiveWeights:
             self.released.release(target, members, packed, spec.layout, everything)
             and target in self._plans
         ):
-            del self._merged[self._plans[target]]
+            self._merged.pop(self._plans[target], None)
 
     def _watch(self, tensors: dict[str, torch.Tensor]) -> None:
         self._watched = [_Watched.of(name, tensor) for name, tensor in tensors.items()]
@@ -334,6 +337,20 @@ def _room_for(
         spec: part.view(weight.dtype).view(packed_shape(weight.shape, spec.layout))
         for (spec, weight), part in zip(ours.items(), parts, strict=True)
     }
+
+
+def _joined_form(members: dict[str, nn.Parameter]) -> torch.Tensor:
+    """What members one above the other are like: a tensor without memory."""
+    first, *_ = members.values()
+    rows = sum(member.shape[0] for member in members.values())
+    return torch.empty((rows, *first.shape[1:]), dtype=first.dtype, device="meta")
+
+
+@torch.no_grad()
+def _joined(members: dict[str, nn.Parameter]) -> torch.Tensor:
+    """Members one above the other, for the moment; one alone as it is."""
+    first, *others = members.values()
+    return torch.cat([first, *others]) if others else first
 
 
 def _tensor(module: nn.Module | None, attribute: str) -> torch.Tensor | None:

@@ -113,15 +113,16 @@ class OptimizedModel:
         config: Config,
         maker: Maker,
         memory: Callable[[int], torch.Tensor] = huge_pages,
+        merges_packed: bool = True,
     ) -> None:
-        """memory: As of LiveWeights."""
+        """memory, merges_packed: As of LiveWeights."""
         self.config = config
         self.weight_epoch = 0
         self.fallbacks: Counter[str] = Counter()
         self.seconds: dict[str, float] = {}  # of what every entry does
         self.class_name = type(model).__name__
         self._maker = maker
-        self.weights = LiveWeights(model, config.weight_check, memory)
+        self.weights = LiveWeights(model, config.weight_check, memory, merges_packed)
         self._lock = threading.RLock()
         self._engine: EngineCore | None = None
         self._graphs: dict[tuple, Graphs] = {}  # the one used last is last
@@ -145,7 +146,7 @@ class OptimizedModel:
     def _attach(self, graph: Graphs, release: bool = False) -> None:
         compiled = graph.compiled
         with timed(self.start, "weights merged"):
-            self.weights.attach(compiled.merges)
+            self.weights.attach(compiled.merges, compiled.weight_inputs)
         try:
             with timed(self.start, "weights packed"):
                 graph.bind(self.weights.resolve(compiled.weight_inputs, release))

@@ -65,7 +65,7 @@ def _assemble(
 ) -> LoadedModel:
     manifest = checked.manifest
     graphs = _graphs(checked, config, start)
-    needed = _memory_bytes(manifest, graphs.rewritten, config)
+    needed = _memory_bytes(manifest, graphs.rewritten)
     check_memory(needed, free_bytes, manifest.device)
     with timed(start, "weights compared and opened"):
         tensors = _tensors(checked, weights, graphs.device)
@@ -73,7 +73,7 @@ def _assemble(
         checked.wait_all()
     model = LoadedModel(checked.path, manifest, tensors, generation_config)
     maker = _ArtifactMaker(graphs, checked.path, start)
-    optimized = OptimizedModel(model, config, maker, prefault.take)
+    optimized = OptimizedModel(model, config, maker, prefault.take, merges_packed=False)
     try:
         if optimized.weights.released:
             guard(LoadedModel)
@@ -163,18 +163,19 @@ def _check_inputs(manifest: Manifest, compiled: CompiledForward) -> None:
             raise ArtifactError(f"{GRAPH} reads {', '.join(missing)}, which no file holds")
 
 
-def _memory_bytes(manifest: Manifest, graph: CapturedGraph, config: Config) -> int:
+def _memory_bytes(manifest: Manifest, graph: CapturedGraph) -> int:
     """What the weights take besides pages of the files, which the system can take back."""
     sizes = {
         name: torch.empty(entry.shape, dtype=getattr(torch, entry.dtype), device="meta").nbytes
         for entry in (*manifest.weights, *manifest.buffers)
         for name in entry.names
     }
-    merged = [sum(sizes[name] for name in plan.members) for plan in graph.merges]
-    held = max(merged, default=0) if config.release_weights else sum(merged)
+    read = {spec.target for spec in graph.inputs.values() if spec.kind == "merged"}
+    merged = {plan.name: sum(sizes[name] for name in plan.members) for plan in graph.merges}
+    held = sum(merged[name] for name in read) + max(merged.values(), default=0)
     if torch.device(manifest.device).type != "cpu":  # where nothing is mapped
         held = sum(sizes[entry.names[0]] for entry in (*manifest.weights, *manifest.buffers))
-        held += max(merged, default=0)
+        held += max(merged.values(), default=0)
     return held + packed_bytes(graph)
 
 

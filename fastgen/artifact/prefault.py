@@ -17,7 +17,7 @@ from ..kernels.packing import huge_pages
 _HUGE_PAGE_BYTES = 2 << 20
 _MADV_HUGEPAGE = 14
 _MADV_POPULATE_WRITE = 23  # since Linux 5.14; elsewhere pages come when they are written
-_STEP_BYTES = 32 << 20
+_STEP_BYTES = 2 << 20
 
 
 class Prefault:

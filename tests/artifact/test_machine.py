@@ -95,14 +95,23 @@ def test_too_little_memory(packed_folder, release, monkeypatch):
     assert asked == [torch.device("cpu")]
 
 
-def test_what_memory_is_needed(packed_folder):
-    """Packed copies, and the merged weights that they are made from."""
-    loaded = fastgen.load(packed_folder)
-    optimized = fastgen.api.require(loaded)
-    weights = optimized.compiled.weights
-    packed = sum(tensor.nbytes for spec, tensor in weights.items() if spec.kind == "packed")
-    merged = sum(item.tensor.nbytes for item in optimized.weights._merged.values())
-    graph, config = optimized.graphs.rewritten, optimized.config
-    assert assemble._memory_bytes(loaded.manifest, graph, config) == packed + merged
-    released = assemble._memory_bytes(loaded.manifest, graph, config.replace(release_weights=True))
-    assert packed < released < packed + merged
+def test_what_memory_is_needed(packed_folder, llama_folder):
+    """Packed copies, merged weights that are read as such, and the largest while it is packed."""
+    packed, plain = fastgen.load(packed_folder), fastgen.load(llama_folder)
+    gate_and_up = 2 * 96 * 64
+    assert needed_bytes(plain) == merged_bytes(plain) + gate_and_up * 4
+    assert merged_bytes(packed) == 0
+    weights = fastgen.api.require(packed).compiled.weights
+    copies = sum(tensor.nbytes for spec, tensor in weights.items() if spec.kind == "packed")
+    assert packed.manifest.packed_bytes == copies
+    assert needed_bytes(packed) == copies + gate_and_up * 2
+
+
+def needed_bytes(loaded) -> int:
+    graph = fastgen.api.require(loaded).graphs.rewritten
+    return assemble._memory_bytes(loaded.manifest, graph)
+
+
+def merged_bytes(loaded) -> int:
+    merged = fastgen.api.require(loaded).weights._merged.values()
+    return sum(each.tensor.nbytes for each in merged)
