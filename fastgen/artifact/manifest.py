@@ -145,7 +145,7 @@ def file_entry(path: Path) -> FileEntry:
         return FileEntry(size, tuple(pool.map(lambda part: _hash(path, part), _parts(size))))
 
 
-def _parts(size: int) -> Iterable[int]:
+def _parts(size: int) -> range:
     return range(-(-size // PART_BYTES))
 
 
