@@ -137,6 +137,17 @@ def test_a_model_that_was_trained_after_optimize(graphs_of_the_session, tmp_path
     assert not torch.equal(before, after)
 
 
+def test_a_model_that_was_changed_after_optimize(graphs_of_the_session, tmp_path):
+    def changed(model):
+        for layer in model.model.layers:
+            layer.input_layernorm.variance_epsilon = 0.5
+        return model
+
+    rows, expected = greedy_alone(changed(tiny_model("llama")), *LENGTHS, num_tokens=24)
+    fastgen.export(changed(fastgen.optimize(tiny_model("llama"))), tmp_path / "out")
+    assert answers(fastgen.load(tmp_path / "out"), rows) == expected
+
+
 def adapted():
     peft = pytest.importorskip("peft")
     torch.manual_seed(3)
