@@ -27,7 +27,7 @@ class Section:
     at_once: int = 1
 
 
-BUDGET_S = 500.0
+BUDGET_S = 510.0
 SHAPES = ("qwen3-0.6b", "llama-3-8b", "llama-3.2-1b")
 FAMILIES = ("llama", "qwen2", "mistral", "gemma2", "gpt_oss")
 
@@ -48,10 +48,11 @@ def sections(device: str, caches: Path) -> list[Section]:
         for family in (FAMILIES if on_gpu else FAMILIES[:1])
     ]
     equality.append(Part("equality live weights", "live_weights:run", here))
+    equality.append(Part("equality exported", "exported:run", here))
     prefill = [Part("prefill", "prefill:run", here), Part("prefill flex", "prefill:run_flex", here)]
     return [
         Section("kernels", 90, kernels, at_once=10 if on_gpu else 1),
-        Section("equality", 70, equality, at_once=6 if on_gpu else 1),
+        Section("equality", 80, equality, at_once=6 if on_gpu else 1),
         Section("prefill", 65, prefill),
         Section("paged", 45, [Part("paged", "paged:run", here)]),
         Section("decode", 25, [Part("decode", "decode:run", here)]),
