@@ -1,0 +1,1 @@
+"""A rewritten model as files: written by `fastgen.export`, run by `fastgen.load`."""
