@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
 
 from ..compiled import choose_kernels
 from ..errors import ArtifactError, UnsupportedModelError
