@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .api import explain, optimize, release_cache, restore, weights_changed
+    from .api import optimize, restore
+    from .artifact.export import export
+    from .artifact.load import load
     from .async_engine import AsyncEngine
     from .config import Config, SamplingParams
     from .errors import (
+        ArtifactError,
         CapacityError,
         EngineClosedError,
         FastgenError,
@@ -32,15 +35,19 @@ if TYPE_CHECKING:
         TokenEvent,
     )
     from .planning import Plan, plan
+    from .registry import explain, release_cache, weights_changed
     from .verification import verify
     from .verification_report import Verification
 
 # Where each public name lives; imported at first use, so that `import fastgen` costs nothing.
 _HOMES = {
-    "api": ("explain", "optimize", "release_cache", "restore", "weights_changed"),
+    "api": ("optimize", "restore"),
+    "artifact.export": ("export",),
+    "artifact.load": ("load",),
     "async_engine": ("AsyncEngine",),
     "config": ("Config", "SamplingParams"),
     "errors": (
+        "ArtifactError",
         "CapacityError",
         "EngineClosedError",
         "FastgenError",
@@ -61,6 +68,7 @@ _HOMES = {
         "TokenEvent",
     ),
     "planning": ("Plan", "plan"),
+    "registry": ("explain", "release_cache", "weights_changed"),
     "verification": ("verify",),
     "verification_report": ("Verification",),
 }
@@ -74,6 +82,8 @@ __all__ = [  # noqa: RUF022 - in the order of a reader's interest
     "weights_changed",
     "plan",
     "verify",
+    "export",
+    "load",
     "Engine",
     "AsyncEngine",
     "Config",
@@ -90,6 +100,7 @@ __all__ = [  # noqa: RUF022 - in the order of a reader's interest
     "UnsupportedModelError",
     "NotOptimizedError",
     "ReleasedWeightsError",
+    "ArtifactError",
     "InvalidRequestError",
     "CapacityError",
     "QueueFullError",

@@ -1,322 +1,35 @@
-"""optimize, restore, explain and their like: the only place where the parts are assembled."""
+"""optimize and restore, with what else is asked of a live model: where its parts are assembled."""
 
 from __future__ import annotations
 
 import logging
-import threading
-import time
-import weakref
-from collections import Counter
 from typing import Any, TypeVar
 
-import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.hooks import RemovableHandle
-
+from . import registry
 from .capture import check_model
-from .compiled import CompiledForward
 from .config import Config
-from .engine.engine import EngineCore
-from .errors import NotOptimizedError, ReleasedWeightsError, UnsupportedModelError
-from .explanation import Explanation
-from .fingerprint import fingerprint
-from .generate import TransformersLoop, patch, unpatch
-from .graphs import GraphMaker, Graphs, timed
-from .live import Change, LiveWeights
-from .passes import PLAIN, Variant
-from .released import WAY_BACK, guard, unguard
+from .errors import UnsupportedModelError
+from .generate import patch, unpatch
+from .graphs import GraphMaker
+from .optimized import OptimizedModel
+from .registry import explain, lookup, release_cache, require, weights_changed
+from .released import guard, unguard
 from .versions import warn_of_untested_versions
-from .wrappers import replaces_inputs, unwrap, wrapper_refusal
+from .wrappers import unwrap, wrapper_refusal
+
+__all__ = [
+    "explain",
+    "lookup",
+    "optimize",
+    "release_cache",
+    "require",
+    "restore",
+    "weights_changed",
+]
 
 logger = logging.getLogger("fastgen")
 
 Model = TypeVar("Model")
-
-# Which models are optimised. Weak on both sides: an OptimizedModel does not hold its model.
-_optimized: weakref.WeakKeyDictionary[Any, OptimizedModel] = weakref.WeakKeyDictionary()
-_registry_lock = threading.RLock()
-# Watches all optimizers while a model is optimised.
-_step_hook: RemovableHandle | None = None
-
-# Graphs kept for a model that changes to and fro, as an adapter is switched on and off.
-_NUM_GRAPHS_KEPT = 4
-
-
-class OptimizedModel:
-    """What fastgen keeps for one live model: its graphs, its weights' memory, its engine.
-
-    A graph belongs to a fingerprint of the model. At every entry the model is compared with it; a
-    model that was edited, moved or cast is captured again, and the last few graphs are kept for
-    one that changes back. Weights that changed begin a new `weight_epoch`.
-    """
-
-    def __init__(self, model: Any, config: Config) -> None:
-        self.config = config
-        self.weight_epoch = 0
-        self.fallbacks: Counter[str] = Counter()
-        self.seconds: dict[str, float] = {}  # of what every entry does
-        self.class_name = type(model).__name__
-        self._maker = GraphMaker(config, self.class_name)
-        self.weights = LiveWeights(model, config.weight_check)
-        self._lock = threading.RLock()
-        self._engine: EngineCore | None = None
-        self._graphs: dict[tuple, Graphs] = {}  # the one used last is last
-        self._refusal: str | None = None
-        self._told_of_change = False
-        self._build(model, fingerprint(model))
-
-    def _build(self, model: Any, current: tuple) -> None:
-        """Capture, rewrite and lay out the weights; a failure leaves the model as it was."""
-        self._maker.start = {}
-        graph = self._graphs.pop(current, None) or self._maker.make(model)
-        self._attach(graph, self.config.release_weights)
-        if self.weights.released:
-            current = fingerprint(model)  # of released parameters from now on
-        self._graphs[current] = graph
-        while len(self._graphs) > _NUM_GRAPHS_KEPT:
-            del self._graphs[next(iter(self._graphs))]
-        self._graph, self.fingerprint = graph, current
-
-    @torch.inference_mode(False)  # parameters must not become inference tensors
-    def _attach(self, graph: Graphs, release: bool = False) -> None:
-        compiled = graph.compiled
-        with timed(self.start, "weights merged"):
-            self.weights.attach(compiled.merges)
-        try:
-            with timed(self.start, "weights packed"):
-                graph.bind(self.weights.resolve(compiled.weight_inputs, release))
-            if release and not self.weights.released:
-                raise UnsupportedModelError(
-                    "release_weights=True frees packed weights, and none can be freed: "
-                    + "; ".join(self._reasons_kept(compiled))
-                )
-        except BaseException:
-            self.weights.detach()
-            raise
-
-    def _reasons_kept(self, compiled: CompiledForward) -> list[str]:
-        """Why weights have memory of their own, although release_weights is set."""
-        report = next(item for item in compiled.report.passes if item.name == "pack_linears")
-        reasons = {why for _, why in report.refused} | {
-            why for _, why in self.weights.released.kept.values()
-        }
-        return sorted(reasons) or [f"pack_linears is {report.status} and finds no weights to pack"]
-
-    @property
-    def start(self) -> dict[str, float]:
-        """Seconds of what it took to get ready."""
-        return self._maker.start
-
-    @property
-    def graph_source(self) -> str:
-        return self._maker.source
-
-    @property
-    def compiled(self) -> CompiledForward:
-        """The plain graph."""
-        return self._graph.compiled
-
-    @property
-    def device(self) -> torch.device:
-        return self._graph.device
-
-    @property
-    def max_model_len(self) -> int:
-        return self._graph.max_model_len
-
-    def ready(self, model: Any, variant: Variant = PLAIN) -> EngineCore:
-        """The engine, after a check that the graph and the weights are still those of the model.
-
-        Args:
-            variant: What requests will need; captured here if it is asked for the first time.
-        Raises: TransformersLoop if the model can no longer be captured, or not with that variant,
-            ReleasedWeightsError if it was changed and its weights were released.
-        """
-        if (why := wrapper_refusal(model)) is not None:
-            raise TransformersLoop(why)
-        model = unwrap(model)
-        if replaces_inputs(model):
-            raise TransformersLoop("prepare_inputs_for_generation was replaced on the model")
-        with self._lock:
-            start = time.perf_counter()
-            current = fingerprint(model)
-            if current != self.fingerprint:
-                self._rebuild(model, current)
-            self.seconds["fingerprint at entry"] = time.perf_counter() - start
-            if self._refusal is not None:
-                raise TransformersLoop(self._refusal)
-            self._follow_weights()
-            self._make_variants(model, variant)
-            return self.engine()
-
-    def _make_variants(self, model: Any, variant: Variant) -> None:
-        """Capture what requests with this variant need and the engine does not have."""
-        graph, made = self._graph, []
-        for each in graph.missing(variant):
-            if self.weights.released:
-                raise TransformersLoop(f"{each} needs a second capture of the model")
-            start = time.perf_counter()
-            if each not in graph.refusals:
-                try:
-                    forward = self._maker.make_variant(model, graph, each)
-                    self.engine().check_variant(forward)
-                except UnsupportedModelError as error:
-                    graph.refusals[each] = str(error)
-            if each in graph.refusals:
-                raise TransformersLoop(f"{each} is not supported: {graph.refusals[each]}")
-            made.append((forward, time.perf_counter() - start))
-        for forward, seconds in made:
-            graph.variants[forward.variant] = forward
-            graph.seconds[forward.variant] = seconds
-            self.engine().add_variant(forward)
-
-    def _rebuild(self, model: Any, current: tuple) -> None:
-        """The model became another: take the graph it had before, or capture it again."""
-        if self.weights.released:
-            raise ReleasedWeightsError(
-                f"{self.class_name} was changed since its weights were released "
-                f"(release_weights=True), and must be captured again: {WAY_BACK}; "
-                "then optimize it again"
-            )
-        if current not in self._graphs:
-            logger.info("%s was changed; capturing it again", self.class_name)
-        if self._engine is not None:
-            self._engine.wait_idle()  # requests end with the model they began with
-        self._graph.unbind()
-        self.weights.let_go()
-        self.fingerprint = current
-        self._refusal = "the changed model could not be captured"
-        try:
-            self._build(model, current)
-        except UnsupportedModelError as error:
-            self._refusal = f"the changed model is not supported: {error}"
-            return
-        self._refusal = None
-        if self._engine is not None:
-            self._engine.replace(self.compiled, self.device, self.max_model_len)
-            self._add_variants(self._engine)
-        self._begin_epoch()
-
-    def _follow_weights(self) -> None:
-        """Begin a new epoch if the weights changed; lay them out again if they moved.
-
-        Values are read only while the engine is idle: between the steps of an optimizer no request
-        runs, and between the requests of a server nobody should wait for it.
-        """
-        start = time.perf_counter()
-        told, self._told_of_change = self._told_of_change, False
-        idle = self._engine is None or self._engine.is_idle
-        change = self.weights.check(look_at_values=idle)
-        if change is Change.MEMORY:
-            if self._engine is not None:
-                self._engine.wait_idle()  # requests end with the weights they began with
-            self._graph.unbind()
-            self.fingerprint = ()  # if this fails, the next entry begins anew
-            self._attach(self._graph)
-            self.fingerprint = next(reversed(self._graphs))
-        elif change is Change.NONE and told:
-            self.weights.look_again()
-        if told or change is not Change.NONE:
-            if self.compiled.packs_weights and change is not Change.MEMORY:
-                self._pack_again()
-            self._begin_epoch()
-        if idle:
-            what = f"weight check ({self.config.weight_check})"
-            self.seconds[what] = time.perf_counter() - start
-
-    def _pack_again(self) -> None:
-        """Values changed in place: the packed copies follow."""
-        if self._engine is not None:
-            self._engine.wait_idle()
-        start = time.perf_counter()
-        self._graph.bind(self.weights.resolve(self.compiled.weight_inputs))
-        self.seconds["packing again"] = time.perf_counter() - start
-
-    def _begin_epoch(self) -> None:
-        self.weight_epoch += 1
-        if self._engine is not None:
-            self._engine.begin_epoch(self.weight_epoch)
-
-    def weights_changed(self) -> None:
-        """The next entry begins a new epoch, whatever it finds."""
-        self._told_of_change = True
-
-    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """An optimizer made a step: was it over these weights?"""
-        if any(self.weights.holds_any(group["params"]) for group in optimizer.param_groups):
-            self._told_of_change = True
-
-    def engine(self) -> EngineCore:
-        with self._lock:
-            if self._engine is None or not self._engine.alive:
-                self._engine = EngineCore(
-                    self.compiled,
-                    self.config,
-                    self.device,
-                    self.max_model_len,
-                )
-                self._engine.begin_epoch(self.weight_epoch)
-                self._add_variants(self._engine)
-            return self._engine
-
-    def _add_variants(self, engine: EngineCore) -> None:
-        for forward in self._graph.variants.values():
-            engine.add_variant(forward)
-
-    def release_cache(self) -> None:
-        with self._lock:
-            if self._engine is not None:
-                self._engine.release_cache()
-
-    def close_engine(self) -> None:
-        """End the engine with all its requests; the next call makes a new one."""
-        with self._lock:
-            if self._engine is not None:
-                self._engine.close()
-                self._engine = None
-
-    def close(self) -> None:
-        """End the engine and give the parameters memory of their own."""
-        with self._lock:
-            self.close_engine()
-            self._graph.unbind()
-            self.weights.detach()
-
-    def count_fallback(self, reason: str) -> None:
-        """A generate() call goes to transformers' loop: count it, warn once per reason.
-
-        Raises: ReleasedWeightsError if that loop would find no weights.
-        """
-        if self.weights.released:
-            raise ReleasedWeightsError(
-                f"this call of generate() needs transformers' own loop ({reason}), which needs "
-                f"weights that were released (release_weights=True): {WAY_BACK}"
-            )
-        self.fallbacks[reason] += 1
-        if self.fallbacks[reason] == 1:
-            logger.warning("%s.generate() runs transformers' loop: %s", self.class_name, reason)
-
-    def explanation(self) -> Explanation:
-        with self._lock:
-            metrics = self._engine.metrics() if self._engine is not None else None
-        return Explanation(
-            model=self.class_name,
-            device=str(self.device),
-            config=self.config,
-            max_model_len=self.max_model_len,
-            why_not_longer=self._graph.why_not_longer,
-            spec=self.compiled.spec,
-            report=self.compiled.report,
-            weight_epoch=self.weight_epoch,
-            graph_source=self.graph_source,
-            variants={str(name): spent for name, spent in self._graph.seconds.items()},
-            start=dict(self.start),
-            seconds=dict(self.seconds),
-            fallbacks=dict(self.fallbacks),
-            metrics=metrics,
-            released_bytes=self.weights.released.num_bytes,
-            kept=dict(self.weights.released.kept),
-        )
 
 
 def optimize(model: Model, config: Config | None = None, **fields: Any) -> Model:
@@ -334,7 +47,7 @@ def optimize(model: Model, config: Config | None = None, **fields: Any) -> Model
     """
     warn_of_untested_versions()
     config = (config or Config()).replace(**fields)
-    with _registry_lock:
+    with registry.lock:
         existing = lookup(model)
         if existing is not None:
             if existing.config != config:
@@ -348,7 +61,7 @@ def optimize(model: Model, config: Config | None = None, **fields: Any) -> Model
         inner = unwrap(model)
         check_model(inner)
         cls = type(inner)
-        optimized = OptimizedModel(inner, config)
+        optimized = OptimizedModel(inner, config, GraphMaker(config, cls.__name__))
         try:
             patch(cls, lookup)
             if optimized.weights.released:
@@ -356,9 +69,7 @@ def optimize(model: Model, config: Config | None = None, **fields: Any) -> Model
         except BaseException:
             optimized.close()
             raise
-        _optimized[inner] = optimized
-        weakref.finalize(inner, _clean_up, cls)
-        _watch_optimizers()
+        registry.add(inner, optimized, _unpatch)
     logger.info(
         "optimised %s in %.1f s: %s",
         optimized.class_name,
@@ -368,88 +79,18 @@ def optimize(model: Model, config: Config | None = None, **fields: Any) -> Model
     return model
 
 
-def lookup(model: Any) -> OptimizedModel | None:
-    """What fastgen keeps for this very object, or for the model in this PEFT wrapper, or None."""
-    try:
-        return _optimized.get(model) or _optimized.get(unwrap(model))
-    except TypeError:  # not an object that can be referenced weakly
-        return None
-
-
-def require(model: Any) -> OptimizedModel:
-    """Like `lookup`; raises NotOptimizedError."""
-    optimized = lookup(model)
-    if optimized is None:
-        raise NotOptimizedError(
-            f"this {type(model).__name__} is not optimised; call fastgen.optimize(model) first"
-        )
-    return optimized
-
-
 def restore(model: Model) -> Model:
     """Undo `optimize`: requests end, parameters get memory of their own, generate is HF's again.
 
     Returns: the same model, bit-equal in logits and state_dict.
     Raises: NotOptimizedError.
     """
-    with _registry_lock:
+    with registry.lock:
         require(model).close()
-        inner = unwrap(model)
-        del _optimized[inner]
-        _clean_up(type(inner))
+        registry.remove(unwrap(model))
     return model
 
 
-def _watch_optimizers() -> None:
-    global _step_hook
-    if _step_hook is None:
-        _step_hook = register_optimizer_step_post_hook(_after_step)
-
-
-def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    for optimized in list(_optimized.values()):
-        optimized.after_step(optimizer)
-
-
-def _clean_up(cls: type) -> None:
-    """A model of this class is optimised no longer: take away what no other model needs."""
-    global _step_hook
-    # Also called by the garbage collector, in any thread and whatever it holds: never wait there.
-    # A patch or a hook that stays finds no model and does nothing.
-    if _registry_lock.acquire(blocking=False):
-        try:
-            models = list(_optimized.keys())
-            if not any(type(model) is cls for model in models):
-                unpatch(cls)
-                unguard(cls)
-            if not models and _step_hook is not None:
-                _step_hook.remove()
-                _step_hook = None
-        finally:
-            _registry_lock.release()
-
-
-def explain(model: Any) -> Explanation:
-    """What was rewritten, what was refused and why, what runs where; print it, or `.to_json()`.
-
-    Raises: NotOptimizedError.
-    """
-    return require(model).explanation()
-
-
-def release_cache(model: Any) -> None:
-    """Give the memory of the KV cache back; the next call takes a new one.
-
-    Raises: NotOptimizedError; FastgenError while requests are running.
-    """
-    require(model).release_cache()
-
-
-def weights_changed(model: Any) -> None:
-    """Say that weights were changed in place; the next call computes with nothing of the old ones.
-
-    Needed with `weight_check="manual"`, and for changes that its other settings cannot see.
-
-    Raises: NotOptimizedError.
-    """
-    require(model).weights_changed()
+def _unpatch(cls: type) -> None:
+    unpatch(cls)
+    unguard(cls)

@@ -37,10 +37,10 @@ GATED = "fastgen::packed_gated_linear"
 ATTENTION = "fastgen::paged_attention"
 LATENT = "fastgen::paged_latent_attention"
 _WINDOW_ARGUMENT, _CHUNK_ARGUMENT = 10, 13  # of both, and of paged_attention
-# Products of each row with the weight of its expert; transformers' own where torch has none.
+# Products of each row with the weight of its expert.
 _GROUPED = (
     "aten::_grouped_mm",
-    "transformers::grouped_mm_fallback",
+    "fastgen::grouped_mm",
     "fastgen::row_grouped_linear",
 )
 

@@ -17,6 +17,10 @@ class ReleasedWeightsError(FastgenError, RuntimeError):
     """The call needs weights that `release_weights` freed; `fastgen.restore` brings them back."""
 
 
+class ArtifactError(FastgenError):
+    """An exported folder cannot be written or loaded, or is not what was exported."""
+
+
 class InvalidRequestError(FastgenError, ValueError):
     """A prompt or a sampling parameter is out of its range; nothing was run."""
 

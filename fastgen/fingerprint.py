@@ -142,7 +142,7 @@ def fingerprint(model: nn.Module) -> tuple:
         tuple(modules),
         tuple(weights),
         tuple(map(id, _global_hooks())),
-        repr(vars(getattr(model, "config", None))),
+        repr(vars(model.config) if hasattr(model, "config") else None),  # pyright: ignore
     )
 
 

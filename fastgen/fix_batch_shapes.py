@@ -61,6 +61,7 @@ _OF_ROWS = (
 _LOOPS_OVER_ROWS = ("layer_norm", "mean", "softmax", "_softmax", "sum")
 # Elements that torch's loops take at once, at most, and fewer than which threads never share.
 _VECTOR, _SHARED = 64, 1 << 15
+_GROUPED = ("aten::_grouped_mm", "fastgen::grouped_mm")
 _FASTGEN_OF_ROWS = (
     "fastgen::rms_norm",
     "fastgen::add_rms_norm",
@@ -283,7 +284,7 @@ def _became_row_linear(graph: fx.Graph, node: fx.Node) -> bool:
         "aten::mm": ("self", "mat2", ""),
         "aten::matmul": ("self", "other", ""),
     }
-    if op in ("aten::_grouped_mm", "transformers::grouped_mm_fallback"):
+    if op in _GROUPED:
         if node.kwargs or any(given is not None for given in node.args[3:]) or len(node.args) < 3:
             return False
         target, args = _ROW_GROUPED_LINEAR, node.args[:3]
@@ -314,7 +315,7 @@ def _became_row_linear(graph: fx.Graph, node: fx.Node) -> bool:
     if (why := _without_kernel(linear)) is not None:
         for unused in reversed(added):
             graph.erase_node(unused)
-        if op.startswith("transformers::") or op == "aten::_grouped_mm":
+        if op in _GROUPED:
             raise ValueError(why)
         return False
     node.replace_all_uses_with(linear)
@@ -328,7 +329,7 @@ def _has_kernel(node: fx.Node) -> bool:
     Raises: ValueError with the reason if it is not, and does not work on rows either.
     """
     op = _op(node)
-    if not op.startswith("fastgen::"):
+    if not op.startswith("fastgen::") or op in _GROUPED:
         return False
     why = _without_kernel(node)
     if why is not None and op not in _FASTGEN_OF_ROWS:

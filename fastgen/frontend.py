@@ -6,14 +6,14 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from . import api
 from .config import Config, SamplingParams, check_limit
 from .engine.engine import EngineCore, failure
 from .engine.request import Request
 from .engine.token_reader import News, TokenReader
 from .errors import EngineClosedError, InvalidRequestError
-from .generate import TransformersLoop
+from .optimized import TransformersLoop
 from .outputs import Completion, EngineMetrics, RequestOutput, TokenEvent
+from .registry import lookup, require
 from .text import Prompt, TextStream, bad_word_ids, encode_prompt
 
 # Fields of a generation config that change tokens and that SamplingParams has no name for, with
@@ -68,8 +68,10 @@ class Engine:
     def __init__(
         self, model: Any, tokenizer: Any = None, config: Config | None = None, **fields: Any
     ) -> None:
-        if api.lookup(model) is None or config is not None or fields:
-            api.optimize(model, config, **fields)
+        if lookup(model) is None or config is not None or fields:
+            from .api import optimize  # for a loaded model nothing that captures is imported
+
+            optimize(model, config, **fields)
         self.model, self.tokenizer = model, tokenizer
         self._closed = False
 
@@ -123,7 +125,7 @@ class Engine:
 
     def cancel(self, request: Request, *, wait: bool = True) -> None:
         """End a request in any state; its blocks are free when this returns, if it waits."""
-        optimized = api.lookup(self.model)
+        optimized = lookup(self.model)
         if optimized is not None and any(r.finish_reason is None for r in request.outputs):
             optimized.engine().cancel_all(request.outputs, wait)
 
@@ -172,7 +174,7 @@ class Engine:
         """
         if not wait:
             self._check_open()
-            return api.require(self.model).engine().metrics(wait=False)
+            return require(self.model).engine().metrics(wait=False)
         return self._core().metrics()
 
     def pause(self) -> None:
@@ -189,7 +191,7 @@ class Engine:
         A paused engine is resumed to drain. Requests of the model's `generate()` are waited for
         too: it shares the engine.
         """
-        optimized = api.lookup(self.model)
+        optimized = lookup(self.model)
         if drain and not self._closed and optimized is not None:
             core = self._core()
             self._closed = True
@@ -200,7 +202,7 @@ class Engine:
 
     def close(self) -> None:
         """End all requests and free the KV cache; the model stays optimised."""
-        optimized = api.lookup(self.model)
+        optimized = lookup(self.model)
         if not self._closed and optimized is not None:
             optimized.close_engine()
         self._closed = True
@@ -218,7 +220,7 @@ class Engine:
     def _core(self) -> EngineCore:
         self._check_open()
         try:
-            core = api.require(self.model).ready(self.model)
+            core = require(self.model).ready(self.model)
             core.fills_gpu = True
             return core
         except TransformersLoop as reason:
@@ -282,32 +284,7 @@ class Engine:
 
     def default_params(self) -> SamplingParams:
         """Sampling as the model's generation config says: greedy unless do_sample is set."""
-        config = self.model.generation_config
-        for name, off in _NOT_IN_SAMPLING_PARAMS.items():
-            if getattr(config, name, None) not in (None, *off):
-                raise InvalidRequestError(
-                    f"generation_config sets {name}={getattr(config, name)!r}, which Engine does "
-                    "not do (model.generate() does); pass params"
-                )
-        max_tokens = config.max_new_tokens or SamplingParams.max_tokens
-        num_outputs = config.num_return_sequences or 1
-        penalty = _or(config.repetition_penalty, 1.0)
-        if not config.do_sample:
-            return SamplingParams(
-                n=num_outputs,
-                max_tokens=max_tokens,
-                temperature=0.0,
-                repetition_penalty=penalty,
-            )
-        return SamplingParams(
-            n=num_outputs,
-            max_tokens=max_tokens,
-            temperature=_or(config.temperature, 1.0),
-            top_k=_or(config.top_k, 50),  # transformers' default when sampling
-            top_p=_or(config.top_p, 1.0),
-            min_p=_or(config.min_p, 0.0),
-            repetition_penalty=penalty,
-        )
+        return params_of(self.model.generation_config)
 
     def _output(self, request: Request) -> RequestOutput:
         return RequestOutput(
@@ -347,6 +324,38 @@ class Engine:
         stream = TextStream(self.tokenizer, params)
         text = "".join(stream.take([token_id]) for token_id in token_ids)
         return text + stream.take([], last=True)
+
+
+def params_of(config: Any) -> SamplingParams:
+    """Sampling as a generation config says: greedy unless do_sample is set.
+
+    Raises: InvalidRequestError if it asks for what SamplingParams has no name for.
+    """
+    for name, off in _NOT_IN_SAMPLING_PARAMS.items():
+        if getattr(config, name, None) not in (None, *off):
+            raise InvalidRequestError(
+                f"generation_config sets {name}={getattr(config, name)!r}, which Engine does "
+                "not do (model.generate() does); pass params"
+            )
+    max_tokens = config.max_new_tokens or SamplingParams.max_tokens
+    num_outputs = config.num_return_sequences or 1
+    penalty = _or(config.repetition_penalty, 1.0)
+    if not config.do_sample:
+        return SamplingParams(
+            n=num_outputs,
+            max_tokens=max_tokens,
+            temperature=0.0,
+            repetition_penalty=penalty,
+        )
+    return SamplingParams(
+        n=num_outputs,
+        max_tokens=max_tokens,
+        temperature=_or(config.temperature, 1.0),
+        top_k=_or(config.top_k, 50),  # transformers' default when sampling
+        top_p=_or(config.top_p, 1.0),
+        min_p=_or(config.min_p, 0.0),
+        repetition_penalty=penalty,
+    )
 
 
 class EventStream:

@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from .fingerprint import IGNORED_ATTRIBUTES, SCALARS, places_inputs, storage_of
+from .graph_json import NotCacheableError
 from .kernels.cpu.build import _processor, why_missing
 from .passes import PASSES, PLAIN, Variant
 from .passes.pipeline import Pass
@@ -78,10 +79,6 @@ _NOTES_OF_CLASSES = {
 }
 _LARGEST_TENSOR_BYTES = 1 << 16
 _NAMED = (torch.dtype, torch.layout, torch.memory_format, torch.device, torch.Size, complex, bytes)
-
-
-class NotCacheableError(Exception):
-    """The graph of this model cannot be kept on disk; str() is the reason."""
 
 
 def sources_digest(folders: Iterable[Path]) -> str:

@@ -1,17 +1,8 @@
-"""The graphs of one live model: captured or found on disk, rewritten, and made callable.
-
-A model has a plain graph, and variants of it that are made when they are first asked for. They
-share every weight: a variant reads the weights that the plain graph reads, in the form in which it
-reads them, or it is refused.
-"""
+"""The graphs of a live model are made: captured or found on disk, rewritten, and made callable."""
 
 from __future__ import annotations
 
-import contextlib
 import sys
-import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,7 +18,8 @@ from .fix_batch_shapes import computations
 from .graph_key import NotCacheableError, graph_key
 from .kernels.cpu import MissingLibraryError, why_missing
 from .kernels.cpu.build import cache_dir
-from .passes import PLAIN, CapturedGraph, InputSpec, Report, Variant
+from .optimized import Graphs, timed
+from .passes import PLAIN, CapturedGraph, Report, Variant
 
 # Room for packed copies beyond this, in eighths of the weights, changes nothing.
 _AMPLE_EIGHTHS = 16
@@ -40,45 +32,6 @@ def check_deterministic(device: torch.device) -> None:
             f"deterministic=True is for models on the CPU, this one is on {device.type}, where "
             "products and attention choose their order of summation by the batch; move the model "
             "or leave deterministic off"
-        )
-
-
-@dataclass
-class Graphs:
-    """What was made of one fingerprint of a model; holds no weights while it is set aside.
-
-    compiled: The plain graph. variants: The others, which take and give all that any two of them
-    do; seconds: what each took to make. refusals: Why a variant cannot be made. why_not_longer:
-    What ends the longest sequence; "" if it was asked to end there.
-    pack_budget_bytes: What decided which weights are packed.
-    """
-
-    compiled: CompiledForward
-    device: torch.device
-    max_model_len: int
-    why_not_longer: str
-    pack_budget_bytes: int
-    variants: dict[Variant, CompiledForward] = field(default_factory=dict)
-    seconds: dict[Variant, float] = field(default_factory=dict)
-    refusals: dict[Variant, str] = field(default_factory=dict)
-
-    def bind(self, weights: Mapping[InputSpec, torch.Tensor]) -> None:
-        """Set the weights of all graphs."""
-        for forward in (self.compiled, *self.variants.values()):
-            forward.bind(weights)
-
-    def unbind(self) -> None:
-        """Forget the weights, so that their memory can go."""
-        for forward in (self.compiled, *self.variants.values()):
-            forward.unbind()
-
-    def missing(self, variant: Variant) -> list[Variant]:
-        """What has to be made for requests that need `variant`, whatever they run beside."""
-        wanted = {variant} | {variant | other for other in self.variants}
-        found = (PLAIN, *self.variants)
-        return sorted(
-            (each for each in wanted if not any(known.covers(each) for known in found)),
-            key=lambda each: each.size,
         )
 
 
@@ -108,7 +61,7 @@ class GraphMaker:
             compiled = CompiledForward(graph, report, codegen)
         ends = max_model_len == longest_sequence(model)
         why = why_not_longer(model) if ends else ""
-        return Graphs(compiled, device, max_model_len, why, budget)
+        return Graphs(compiled, graph, device, max_model_len, why, budget)
 
     def make_variant(self, model: Any, graphs: Graphs, variant: Variant) -> CompiledForward:
         """A variant of the plain graph, over the same weights.
@@ -200,14 +153,6 @@ class GraphMaker:
                 "lower it"
             )
         return wanted
-
-
-@contextlib.contextmanager
-def timed(seconds: dict[str, float], what: str) -> Iterator[None]:
-    """Note what the block took."""
-    start = time.perf_counter()
-    yield
-    seconds[what] = time.perf_counter() - start
 
 
 def _difference(plain: CompiledForward, variant: CompiledForward) -> str | None:

@@ -8,6 +8,7 @@ same, and transformers probes for it: there it is an empty module that looks uni
 if __name__ == "fastgen.kernels":
     from .attention import attention
     from .gated_activation import gelu_mul, silu_mul
+    from .grouped_mm import grouped_mm
     from .latent_attention import latent_attention
     from .packed_gated_linear import packed_gated_linear
     from .packed_linear import packed_linear
@@ -34,6 +35,7 @@ if __name__ == "fastgen.kernels":
         "add_rms_norm",
         "attention",
         "gelu_mul",
+        "grouped_mm",
         "implementations",
         "latent_attention",
         "packed_gated_linear",

@@ -126,7 +126,7 @@ def test_failed_optimize_leaves_the_model_untouched(model, monkeypatch):
     def fail(*_):
         raise RuntimeError("planted")
 
-    monkeypatch.setattr(fastgen.api, "fingerprint", fail)
+    monkeypatch.setattr(fastgen.optimized, "fingerprint", fail)
     with pytest.raises(RuntimeError, match="planted"):
         fastgen.optimize(model)
     monkeypatch.undo()
@@ -221,7 +221,7 @@ def test_a_forgotten_model_goes_away_with_its_engine(family):
     thread.join(timeout=10)
     assert not thread.is_alive()
     gc.collect()
-    assert not any(type(m) is cls for m in list(fastgen.api._optimized))
+    assert not any(type(m) is cls for m in list(fastgen.registry._optimized))
     assert "generate" not in vars(cls)
 
 

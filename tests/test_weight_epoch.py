@@ -258,7 +258,7 @@ def test_parameters_that_come_to_share_memory_go_on_sharing_it():
 def test_optimizers_are_watched_only_while_a_model_is_optimised():
     gc.collect()
     watched = len(_global_optimizer_post_hooks)
-    others = list(fastgen.api._optimized.values())
+    others = list(fastgen.registry._optimized.values())
     model = fastgen.optimize(small_model())
     if not others:
         assert len(_global_optimizer_post_hooks) == watched + 1

@@ -8,11 +8,8 @@ from typing import Any
 import torch
 
 from ..engine.engine import EngineCore
+from ..optimized import TransformersLoop
 from ..passes import Variant
-
-
-class TransformersLoop(Exception):
-    """Raised where the engine finds that transformers' own loop must run; str() is the reason."""
 
 
 @dataclass
