@@ -31,6 +31,17 @@ class CacheTensors(Protocol):
     tensors: Mapping[str, torch.Tensor]
 
 
+class CompiledProgram(Protocol):
+    """A graph that was compiled before: it takes what the graph takes and gives what it gives.
+
+    forget: Let go of the tensors of the last call.
+    """
+
+    def __call__(self, *tensors: torch.Tensor) -> Any: ...
+
+    def forget(self) -> None: ...
+
+
 class ForwardOutput(NamedTuple):
     """What a step gives.
 
@@ -48,8 +59,8 @@ class CompiledForward:
 
     codegen: "direct", the graph's own Python calling the chosen kernels, where runs of C++ kernels
     are programs, each entered once (native_code.py); "inductor", code that Inductor wrote around
-    the same kernels (inductor.py); "auto" is "direct". lowered: The graph before that, a node per
-    kernel.
+    the same kernels (inductor.py); "auto" is "direct". program: What runs the graph instead: it was
+    compiled from it before. lowered: The graph before that, a node per kernel.
 
     variant: What it takes and gives besides tokens and logits. embeds_like: Tells dtype and
     hidden_size of the embeddings that it takes, or None.
@@ -58,7 +69,13 @@ class CompiledForward:
     graph's in this process; binding is another number after the weights moved.
     """
 
-    def __init__(self, graph: CapturedGraph, report: Report, codegen: str = "auto") -> None:
+    def __init__(
+        self,
+        graph: CapturedGraph,
+        report: Report,
+        codegen: str = "auto",
+        program: CompiledProgram | None = None,
+    ) -> None:
         self.graph_id = next(_graph_ids)
         self.variant: Variant = graph.variant
         self.spec: CacheSpec = cache_spec(graph)
@@ -71,19 +88,23 @@ class CompiledForward:
         if graph.deterministic:
             report.facts["by_row"] = fix_batch_shapes(lowered)
         report.kernels = choose_kernels(lowered)
-        self._programs: list[Program] = []
-        left: dict[str, int] = {}
-        if codegen == "inductor":
+        self._programs: list[Program | CompiledProgram] = []
+        recorded, left = list[Program](), dict[str, int]()
+        if program is not None:
+            self._forward, self._programs = program, [program]
+        elif codegen == "inductor":
             self._forward = compile_with_inductor(lowered)
         else:
             fold_views(lowered.graph)
             running = lowered.copy()
-            self._programs, left = compile_programs(running.graph)
+            recorded, left = compile_programs(running.graph)
+            self._programs = [*recorded]
             running.module.recompile()
             self._forward = running.module.forward
         self.lowered = lowered.module
-        report.facts["codegen"] = "inductor" if codegen == "inductor" else "direct"
-        report.facts["programs"] = [program.num_calls for program in self._programs]
+        written_by = "inductor" if codegen == "inductor" else "direct"
+        report.facts["codegen"] = written_by if program is None else "aot"
+        report.facts["programs"] = [run.num_calls for run in recorded]
         report.facts["not_in_programs"] = left
         specs = list(self.inputs.values())
         self._batch_slots = [(i, s.target) for i, s in enumerate(specs) if s.kind == "batch"]

@@ -39,7 +39,3 @@ class EngineClosedError(FastgenError, RuntimeError):
 
 class QueueFullError(FastgenError, RuntimeError):
     """As many requests wait as max_queue allows; nothing was queued."""
-
-
-class ArtifactError(FastgenError, ValueError):
-    """A file or folder is no artifact that can be used here: damaged, foreign, or for others."""

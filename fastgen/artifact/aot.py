@@ -155,7 +155,7 @@ def load_aot(path: Path, device: torch.device | str = "cpu") -> AotProgram:
         if isinstance(error, ArtifactError):
             raise
         raise ArtifactError(
-            f"{path}: the description of the program is damaged: {error}"
+            f"{path}: the program's description is damaged: {error}"
         ) from error
     for op, name in kernels:
         _register(path, op, name)
@@ -230,6 +230,12 @@ class AotProgram:
             self._check(tensors, new)
         results = self._run(list(tensors))
         return results[0] if self._num_outputs == 1 else tuple(results)
+
+    def check_inputs(self, graph: CapturedGraph) -> None:
+        """Raise ArtifactError unless it was compiled from a graph with such inputs."""
+        names = [f"{spec.kind} {spec.target}" for spec in graph.inputs.values()]
+        if [item.name for item in self.inputs] != names:
+            raise ArtifactError("the compiled program takes other inputs than the graph")
 
     def forget(self) -> None:
         """Hold no tensor of the last call."""

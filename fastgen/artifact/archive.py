@@ -1,4 +1,4 @@
-"""What may lie in the archive of a program that AOTInductor compiled, looked at before it is opened.
+"""What lies in the archive of a compiled program, looked at before it is opened.
 
 torch's loader takes whatever lies in such an archive: it unpacks every member, and compiles sources
 if there is no library. So the members are compared with the few that `write_archive` leaves, and
@@ -38,7 +38,7 @@ _ELF = b"\x7fELF"
 
 def write_archive(files: list[str], path: Path) -> None:
     """Package what AOTInductor wrote, without its sources, which no loader needs."""
-    from torch._inductor.package import package_aoti
+    from torch._inductor.package.package import package_aoti
 
     package_aoti(str(path), [file for file in files if file.endswith(_KEPT)])
 
@@ -91,6 +91,8 @@ def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]
                 f"{path}: the member {info.filename!r} may take {_MEMBERS[kind]} bytes, "
                 f"says {info.file_size}"
             )
+        if not found and info.header_offset:
+            raise ArtifactError(f"{path} must begin with its first member, something is before it")
         if info.header_offset < end:
             raise ArtifactError(f"{path}: the member {info.filename!r} lies in another one")
         end = info.header_offset + info.compress_size
@@ -105,7 +107,7 @@ def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]
 def _metadata(
     path: Path, archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo]
 ) -> dict[str, str]:
-    library, description, metadata = list(members[kind] for kind in list(_MEMBERS)[:3])
+    library, description, metadata = [members[kind] for kind in list(_MEMBERS)[:3]]
     stem = library.filename.removesuffix(".so")
     if (description.filename, metadata.filename) != (f"{stem}.json", f"{stem}_metadata.json"):
         raise ArtifactError(f"{path}: the members of the program are of several programs")

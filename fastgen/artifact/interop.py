@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.fx.experimental._config as symbolic_shapes
+import torch.fx.experimental._config as _symbolic
 from torch import fx, nn
 
 from ..errors import UnsupportedModelError
@@ -56,7 +56,7 @@ def export_graph(
         if node.name in given
     }
     try:
-        with symbolic_shapes.patch(backed_size_oblivious=True):  # a size may be 1
+        with _symbolic.patch(backed_size_oblivious=True):  # pyright: ignore  # a size may be 1
             program = torch.export.export(module, (), given, dynamic_shapes=varying, strict=False)
         _allow_ones(program)
         program._example_inputs = None  # they would be pickled

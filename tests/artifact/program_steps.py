@@ -41,9 +41,14 @@ class Rewritten:
 
 
 def rewritten(
-    family: str, *, passes_off: tuple[str, ...] = (), pack_bytes: int = 0, **fields
+    family: str | torch.nn.Module,
+    *,
+    passes_off: tuple[str, ...] = (),
+    pack_bytes: int = 0,
+    **fields,
 ) -> Rewritten:
-    model = tiny_model(family, **fields)
+    """A tiny model of a family, or one that is given."""
+    model = tiny_model(family, **fields) if isinstance(family, str) else family
     captured = capture(model)
     captured.pack_budget_bytes = pack_bytes
     graph, report = rewrite(captured, passes_off)
