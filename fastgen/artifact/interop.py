@@ -71,7 +71,7 @@ def export_graph(
 
 def _standalone(graph: CapturedGraph, weights: Mapping[InputSpec, torch.Tensor]) -> fx.GraphModule:
     """The graph with its weights inside, and no op of fastgen's."""
-    root, copy = nn.Module(), graph.copy()
+    copy = graph.copy()
     for node in copy.placeholders():
         spec = copy.inputs[node.name]
         if spec.kind in ("batch", "cache"):
@@ -80,7 +80,7 @@ def _standalone(graph: CapturedGraph, weights: Mapping[InputSpec, torch.Tensor])
             name, tensor = f"constants.{node.name}", graph.constants[spec.target]
         else:
             name, tensor = spec.target, weights[spec]
-        _place(root, name, tensor, is_parameter=spec.kind == "parameter")
+        _place(copy.module, name, tensor, is_parameter=spec.kind == "parameter")
         with copy.graph.inserting_before(node):
             node.replace_all_uses_with(copy.graph.get_attr(name))
         copy.graph.erase_node(node)
@@ -94,7 +94,8 @@ def _standalone(graph: CapturedGraph, weights: Mapping[InputSpec, torch.Tensor])
     first = next(node for node in copy.graph.nodes if node.op != "placeholder")
     for node in [node for node in copy.graph.nodes if node.op == "placeholder"]:
         first.prepend(node)  # arguments come before what is read from the module
-    return fx.GraphModule(root, copy.graph)
+    copy.module.recompile()
+    return copy.module
 
 
 def _place(root: nn.Module, name: str, tensor: torch.Tensor, *, is_parameter: bool) -> None:
