@@ -61,7 +61,8 @@ def opaque_module(lowered: CapturedGraph) -> tuple[fx.GraphModule, list[torch.Te
     examples = _examples(lowered)
     running = lowered.copy()
     for node in running.graph.nodes:
-        if (kernel := node.meta.get("kernel")) is not None:
+        kernel = node.meta.get("kernel")
+        if kernel is not None and node.target is kernel.function:
             node.target = opaque(kernel)
         node.meta = {}  # of another trace, with other symbols
     running.module.recompile()
@@ -109,7 +110,7 @@ def opaque(kernel: Implementation) -> Callable[..., Any]:
     name = kernel.op.split("::")[1]
     op = getattr(torch.ops.fastgen, name).default
     namespace = f"fastgen_{kernel.name}"
-    library = _library(namespace)
+    library = library_of_ops(namespace)
     library.define(
         str(op._schema).split("::")[1],
         tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
@@ -120,6 +121,6 @@ def opaque(kernel: Implementation) -> Callable[..., Any]:
 
 
 @functools.cache
-def _library(namespace: str) -> torch.library.Library:
+def library_of_ops(namespace: str) -> torch.library.Library:
     """Kept for good: its ops go with it."""
     return torch.library.Library(namespace, "FRAGMENT")

@@ -34,8 +34,12 @@ class _Run:
     last: fx.Node | None = None
 
 
-def compile_programs(graph: fx.Graph) -> tuple[list[Program], dict[str, int]]:
+def compile_programs(
+    graph: fx.Graph, fewest: int = _FEWEST_CALLS
+) -> tuple[list[Program], dict[str, int]]:
     """Replace runs of kernel calls by programs, in place.
+
+    fewest: Calls that a program must have.
 
     Returns: the programs, and how many recordable calls are in none of them, by kernel and reason.
     """
@@ -44,14 +48,14 @@ def compile_programs(graph: fx.Graph) -> tuple[list[Program], dict[str, int]]:
     run = _Run()
     for node in list(graph.nodes):
         if node.op == "output":
-            _close(graph, run, programs, left)
+            _close(graph, run, programs, left, fewest)
         if node.op != "call_function" or node in run.values or _record(run, node) is None:
             continue
         # What it reads may be made by the run, or be written by it: nothing says which are.
         if _writes(node) or any(
             read in run.values or read in run.externals for read in node.all_input_nodes
         ):
-            _close(graph, run, programs, left)
+            _close(graph, run, programs, left, fewest)
             run = _Run()
             why = _record(run, node)
             if why is not None and _is_recordable(node):
@@ -128,7 +132,9 @@ def _writes(node: fx.Node) -> bool:
     return node.target not in views if schema is None else schema.is_mutable
 
 
-def _close(graph: fx.Graph, run: _Run, programs: list[Program], left: Counter[str]) -> None:
+def _close(
+    graph: fx.Graph, run: _Run, programs: list[Program], left: Counter[str], fewest: int
+) -> None:
     """Put the program of a run after its last node, and let others read its results."""
     escaping = [
         node
@@ -137,8 +143,8 @@ def _close(graph: fx.Graph, run: _Run, programs: list[Program], left: Counter[st
         and isinstance(run.values[node], Value)
     ]
     try:
-        if len(run.recorder.calls) < _FEWEST_CALLS or run.last is None:
-            raise NotRecordableError(f"fewer than {_FEWEST_CALLS} kernels follow each other")
+        if len(run.recorder.calls) < fewest or run.last is None:
+            raise NotRecordableError(f"fewer than {fewest} kernels follow each other")
         program = Program(run.recorder, [run.values[node] for node in escaping])
     except NotRecordableError as error:
         left.update(f"{_name(node)}: {error}" for node in run.values if _is_recordable(node))

@@ -139,7 +139,9 @@ def _attend_sdpa_alibi(query, key, value, scale, window, chunk, alibi_slopes):
         positions = torch.arange(rows.shape[0], device=query.device)
         positions += num_keys - num_queries + start
         hidden = ~visible_keys(positions, key_positions, window, chunk)
-        bias = alibi_bias(alibi_slopes, positions, key_positions).masked_fill_(hidden, float("-inf"))
+        bias = alibi_bias(alibi_slopes, positions, key_positions).masked_fill_(
+            hidden, float("-inf")
+        )
         output[start : start + tile] = F.scaled_dot_product_attention(
             rows.transpose(0, 1).unsqueeze(0),
             key.transpose(0, 1).unsqueeze(0),

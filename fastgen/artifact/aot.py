@@ -7,7 +7,9 @@ lies. Kernels stay calls of this package's: each is an op that the program calls
 
 from __future__ import annotations
 
+import ctypes
 import json
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,13 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import fx
 
 from ..compiled import choose_kernels
 from ..errors import ArtifactError, UnsupportedModelError
+from ..fold_views import fold_views
 from ..inductor import OPTIONS, opaque, opaque_module
 from ..kernels import cpu, implementations
 from ..kernels.cpu.build import instruction_sets
+from ..native_code import compile_programs
 from ..passes import CapturedGraph
+from .aot_programs import is_expressible, replace_programs
 from .archive import check_archive, write_archive
 
 FORMAT = 1
@@ -64,8 +70,23 @@ def compile_aot(graph: CapturedGraph, path: Path) -> None:
         )
     lowered = graph.copy()
     choose_kernels(lowered)
-    metadata = {_KEY: json.dumps(_description(lowered))}
+    written = _written_inputs(lowered)
+    fold_views(lowered.graph)
+    programs, _ = compile_programs(lowered.graph, fewest=1)
+    if not all(map(is_expressible, programs)):
+        raise UnsupportedModelError(
+            "a run of kernels has no result, or tensors of many dimensions, which AOTInductor's "
+            'code cannot call; export it with program="direct"'
+        )
     module, examples = opaque_module(lowered)
+    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
+    shims, functions = replace_programs(module.graph, {inputs[index] for index in written})
+    if functions:
+        example: Any = examples[0]
+        with example.fake_mode:
+            examples.append(torch.empty(1 + len(functions), dtype=torch.int64))
+    module.recompile()
+    metadata = {_KEY: json.dumps(_description(lowered, functions))}
     output = next(node for node in module.graph.nodes if node.op == "output")
     if not isinstance(output.args[0], tuple):  # as AOTInductor wants it
         output.args = ((output.args[0],),)
@@ -76,6 +97,7 @@ def compile_aot(graph: CapturedGraph, path: Path) -> None:
             "aot_inductor.package": True,
             "aot_inductor.output_path": folder,
             "aot_inductor.metadata": metadata,
+            "aot_inductor.custom_ops_to_c_shims": shims,
             "aot_inductor.enable_line_tables": False,
         }
         try:
@@ -91,12 +113,28 @@ def compile_aot(graph: CapturedGraph, path: Path) -> None:
         write_archive(files, path)
 
 
-def _description(lowered: CapturedGraph) -> dict[str, Any]:
-    """What `load_aot` has to know before it may open the archive."""
+def _written_inputs(lowered: CapturedGraph) -> set[int]:
+    """The numbers of the inputs that kernels write into."""
+    written: set[fx.Node] = set()
+    for node in lowered.graph.nodes:
+        if (kernel := node.meta.get("kernel")) is None:
+            continue
+        schema = getattr(torch.ops.fastgen, kernel.op.removeprefix("fastgen::")).default._schema
+        for argument, given in zip(schema.arguments, node.args, strict=False):
+            if argument.is_write:
+                fx.map_arg(given, written.add)
+    return {index for index, node in enumerate(lowered.placeholders()) if node in written}
+
+
+def _description(lowered: CapturedGraph, functions: Sequence[str]) -> dict[str, Any]:
+    """What `load_aot` has to know before it may open the archive.
+
+    functions: Of the library, which the code calls by their addresses.
+    """
     kernels = {
         (kernel.op, kernel.name)
         for node in lowered.graph.nodes
-        if (kernel := node.meta.get("kernel")) is not None
+        if (kernel := node.meta.get("kernel")) is not None and node.target is kernel.function
     }
     return {
         "format": FORMAT,
@@ -105,6 +143,7 @@ def _description(lowered: CapturedGraph) -> dict[str, Any]:
         "isa": cpu.isa() if cpu.why_missing() is None else "none",
         "instruction_sets": sorted(instruction_sets()),
         "kernels": sorted(kernels),
+        "functions": list(functions),
         "inputs": [asdict(item) for item in _inputs(lowered)],
         "num_outputs": len(lowered.outputs()),
     }
@@ -151,19 +190,19 @@ def load_aot(path: Path, device: torch.device | str = "cpu") -> AotProgram:
         inputs = [Input(**_tuples(item)) for item in description["inputs"]]
         num_outputs = description["num_outputs"]
         kernels = [(op, name) for op, name in description["kernels"]]
+        functions = description["functions"]
+        addresses = [_address(path, name) for name in functions]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, ArtifactError):
             raise
-        raise ArtifactError(
-            f"{path}: the program's description is damaged: {error}"
-        ) from error
+        raise ArtifactError(f"{path}: the program's description is damaged: {error}") from error
     for op, name in kernels:
         _register(path, op, name)
     try:
         loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)  # pyright: ignore
     except RuntimeError as error:
         raise ArtifactError(f"{path} cannot be loaded: {error}") from error
-    return AotProgram(loader.boxed_run, inputs, num_outputs)
+    return AotProgram(loader.boxed_run, inputs, num_outputs, addresses)
 
 
 def _tuples(item: dict[str, Any]) -> dict[str, Any]:
@@ -208,6 +247,16 @@ def _register(path: Path, op: str, name: str) -> None:
     opaque(kernel)
 
 
+def _address(path: Path, name: str) -> int:
+    """Where a function of the C++ library lies."""
+    function = getattr(cpu.library(), name, None) if re.fullmatch(r"\w+_call", name) else None
+    if function is None:
+        raise ArtifactError(
+            f"{path} calls {name!r}, which fastgen's C++ library here has not; export it again"
+        )
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
 class AotProgram:
     """A loaded program: it takes what the graph takes, in that order, and gives what it gives.
 
@@ -215,8 +264,11 @@ class AotProgram:
     repeated; `forget` lets go of them.
     """
 
-    def __init__(self, run: Any, inputs: Sequence[Input], num_outputs: int) -> None:
+    def __init__(
+        self, run: Any, inputs: Sequence[Input], num_outputs: int, addresses: Sequence[int]
+    ) -> None:
         self.inputs = tuple(inputs)
+        self._kernels = torch.tensor([0, *addresses])  # how many threads, where the kernels are
         self._run, self._num_outputs = run, num_outputs
         self._known: list[Any] = [None] * len(self.inputs)
         self._sizes: dict[str, int] = {}
@@ -228,7 +280,11 @@ class AotProgram:
         new = [i for i, tensor in enumerate(tensors) if tensor is not self._known[i]]
         if new:
             self._check(tensors, new)
-        results = self._run(list(tensors))
+        given = list(tensors)
+        if len(self._kernels) > 1:
+            self._kernels.numpy()[0] = torch.get_num_threads()
+            given.append(self._kernels)
+        results = self._run(given)
         return results[0] if self._num_outputs == 1 else tuple(results)
 
     def check_inputs(self, graph: CapturedGraph) -> None:

@@ -21,10 +21,14 @@ from ..errors import ArtifactError
 
 # Member, after the archive's own folder -> the most bytes it may take.
 _SMALL = 64
+_LIBRARY, _OPS, _METADATA = (
+    rf"data/aotinductor/model/[a-z0-9]+\.wrapper{suffix}"
+    for suffix in (r"\.so", r"\.json", r"_metadata\.json")
+)
 _MEMBERS = {
-    r"data/aotinductor/model/[a-z0-9]+\.wrapper\.so": 256 << 20,
-    r"data/aotinductor/model/[a-z0-9]+\.wrapper\.json": 64 << 20,
-    r"data/aotinductor/model/[a-z0-9]+\.wrapper_metadata\.json": 16 << 20,
+    _LIBRARY: 256 << 20,
+    _OPS: 64 << 20,  # the ops that it calls by name, if there are any
+    _METADATA: 16 << 20,
     r"archive_format": _SMALL,
     r"archive_version": _SMALL,
     r"\.data/version": _SMALL,
@@ -97,7 +101,7 @@ def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]
             raise ArtifactError(f"{path}: the member {info.filename!r} lies in another one")
         end = info.header_offset + info.compress_size
         found[kind] = info
-    if missing := [kind for kind in _MEMBERS if kind not in found]:
+    if missing := [kind for kind in _MEMBERS if kind not in found and kind != _OPS]:
         raise ArtifactError(f"{path} lacks members of a program: {', '.join(missing)}")
     if len(folders) != 1:
         raise ArtifactError(f"{path} must have one folder, has {sorted(folders)}")
@@ -107,9 +111,10 @@ def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]
 def _metadata(
     path: Path, archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo]
 ) -> dict[str, str]:
-    library, description, metadata = [members[kind] for kind in list(_MEMBERS)[:3]]
+    library, metadata = members[_LIBRARY], members[_METADATA]
     stem = library.filename.removesuffix(".so")
-    if (description.filename, metadata.filename) != (f"{stem}.json", f"{stem}_metadata.json"):
+    names = {_OPS: f"{stem}.json", _METADATA: f"{stem}_metadata.json"}
+    if any(kind in members and members[kind].filename != name for kind, name in names.items()):
         raise ArtifactError(f"{path}: the members of the program are of several programs")
     with archive.open(library) as file:
         if file.read(4) != _ELF:
