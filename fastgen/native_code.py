@@ -9,6 +9,7 @@ a layout it would have to copy stays a call of its own, and ends the run.
 from __future__ import annotations
 
 import operator
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,11 +36,11 @@ class _Run:
 
 
 def compile_programs(
-    graph: fx.Graph, fewest: int = _FEWEST_CALLS
+    graph: fx.Graph, fewest: int = _FEWEST_CALLS, most: int = sys.maxsize
 ) -> tuple[list[Program], dict[str, int]]:
     """Replace runs of kernel calls by programs, in place.
 
-    fewest: Calls that a program must have.
+    fewest, most: Calls that a program must have, and may have.
 
     Returns: the programs, and how many recordable calls are in none of them, by kernel and reason.
     """
@@ -47,8 +48,9 @@ def compile_programs(
     left: Counter[str] = Counter()
     run = _Run()
     for node in list(graph.nodes):
-        if node.op == "output":
+        if node.op == "output" or len(run.recorder.calls) >= most:
             _close(graph, run, programs, left, fewest)
+            run = _Run()
         if node.op != "call_function" or node in run.values or _record(run, node) is None:
             continue
         # What it reads may be made by the run, or be written by it: nothing says which are.

@@ -27,7 +27,7 @@ from ..kernels import cpu, implementations
 from ..kernels.cpu.build import instruction_sets
 from ..native_code import compile_programs
 from ..passes import CapturedGraph
-from .aot_programs import is_expressible, replace_programs
+from .aot_programs import MAX_CALLS, is_expressible, replace_programs
 from .archive import check_archive, write_archive
 
 FORMAT = 1
@@ -72,7 +72,7 @@ def compile_aot(graph: CapturedGraph, path: Path) -> None:
     choose_kernels(lowered)
     written = _written_inputs(lowered)
     fold_views(lowered.graph)
-    programs, _ = compile_programs(lowered.graph, fewest=1)
+    programs, _ = compile_programs(lowered.graph, fewest=1, most=MAX_CALLS)
     if not all(map(is_expressible, programs)):
         raise UnsupportedModelError(
             "a run of kernels has no result, or tensors of many dimensions, which AOTInductor's "

@@ -22,15 +22,20 @@ from ..kernels.cpu.program import Number, Program, Tables
 
 KERNELS = "kernels"  # the input's name
 _NAMESPACE = "fastgen_programs"
+# A layer's attention writes two caches, among several other calls; a schema may have 64 arguments.
+MAX_CALLS = 100
 _MAX_DIMS = 8  # of FastgenExternal
+_MAX_RESULTS = 60  # a schema may have 64
 _numbers = itertools.count()
 aten = torch.ops.aten
 
 
 def is_expressible(program: Program) -> bool:
-    """Whether the C++ tables can hold a program."""
+    """Whether the C++ tables and an op's schema can hold a program of MAX_CALLS or fewer."""
     tables = program.tables()
-    return bool(tables.made) and all(len(value.shape) <= _MAX_DIMS for value in tables.externals)
+    return 0 < len(tables.made) <= _MAX_RESULTS and all(
+        len(value.shape) <= _MAX_DIMS for value in tables.externals
+    )
 
 
 def replace_programs(
@@ -57,11 +62,15 @@ def replace_programs(
         inputs = list(node.all_input_nodes)
         assert tuple(inputs) == node.args, "a program takes each tensor once"
         number = next(_numbers)
-        op = _op(number, tables, [given in written for given in inputs])
-        definition = _definition(number, tables, names)
-        shims[op] = [definition if shims else _with_header(number, tables, definition)]
+        writes = [given in written for given in inputs]
+        op = _op(number, tables, writes)
+        definition = _definition(number, tables, writes, names)
+        shims[op] = [definition if shims else _with_header(number, tables, writes, definition)]
         with graph.inserting_before(node):
-            call = graph.call_function(op, (kernels, *inputs))
+            pairs = list(zip(inputs, writes, strict=True))
+            read = [given for given, is_written in pairs if not is_written]
+            mutated = [given for given, is_written in pairs if is_written]
+            call = graph.call_function(op, (kernels, read, *mutated))
             made = [call] if len(tables.made) == 1 else _parts(graph, call, len(tables.made))
             memories = dict(zip(tables.made, made, strict=True))
             sizes = _Sizes(graph, tables, inputs)
@@ -106,20 +115,22 @@ class _Sizes:
 
 
 def _op(number: int, tables: Tables, writes: list[bool]) -> Any:
-    """The op of a program; it has a fake and no body, which is C++."""
-    arguments = ", ".join(
-        f"Tensor(a{i}!) t{i}" if is_written else f"Tensor t{i}"
-        for i, is_written in enumerate(writes)
-    )
+    """The op of a program; it has a fake and no body, which is C++.
+
+    What it reads comes in a list: a schema may have 64 arguments, and a model has more weights.
+    """
+    mutated = "".join(f", Tensor(a{i}!) w{i}" for i in range(sum(writes)))
     name, results = f"program_{number}", ", ".join(["Tensor"] * len(tables.made))
     library = library_of_ops(_NAMESPACE)
     library.define(
-        f"{name}(Tensor kernels, {arguments}) -> ({results})",
+        f"{name}(Tensor kernels, Tensor[] read{mutated}) -> ({results})",
         tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
     )
     dtypes = _dtypes(tables)
 
-    def fake(kernels: torch.Tensor, *tensors: torch.Tensor) -> Any:
+    def fake(kernels: torch.Tensor, read: list[torch.Tensor], *mutated: torch.Tensor) -> Any:
+        rest = {False: iter(read), True: iter(mutated)}
+        tensors = [next(rest[is_written]) for is_written in writes]
         scalars = [0, *(tensors[at.tensor].shape[at.dim] for at in tables.sources)]
         made = tuple(
             kernels.new_empty(recorded.evaluate(_elements(memory, dtype), scalars), dtype=dtype)
@@ -140,20 +151,20 @@ def _elements(memory: Any, dtype: torch.dtype) -> Any:
     return memory.num_bytes // dtype.itemsize
 
 
-def _signature(number: int, tables: Tables) -> str:
-    arguments = ["AtenTensorHandle kernels"]
-    arguments += [f"AtenTensorHandle t{i}" for i in range(len(tables.externals))]
+def _signature(number: int, tables: Tables, num_written: int) -> str:
+    arguments = ["AtenTensorHandle kernels", "const AtenTensorHandle* read", "int64_t num_read"]
+    arguments += [f"AtenTensorHandle w{i}" for i in range(num_written)]
     arguments += [f"AtenTensorHandle* r{i}" for i in range(len(tables.made))]
     return f"AOTITorchError aoti_torch_cpu_program_{number}({', '.join(arguments)})"
 
 
-def _with_header(number: int, tables: Tables, definition: str) -> str:
+def _with_header(number: int, tables: Tables, writes: list[bool], definition: str) -> str:
     """A definition after what all of them use; the text begins as a declaration must."""
     header = Path(recorded.__file__).with_name("aot_program.h").read_text()
-    return f"{_signature(number, tables)};\n{header}\n{definition}"
+    return f"{_signature(number, tables, sum(writes))};\n{header}\n{definition}"
 
 
-def _definition(number: int, tables: Tables, names: list[str]) -> str:
+def _definition(number: int, tables: Tables, writes: list[bool], names: list[str]) -> str:
     """A program's tables and function; kernels that are new are added to `names`."""
     for name in tables.names:
         if name not in names:
@@ -166,10 +177,13 @@ def _definition(number: int, tables: Tables, names: list[str]) -> str:
     dtypes = _dtypes(tables)
     results = [_size(_elements(m, dtype)) for m, dtype in zip(tables.made, dtypes, strict=True)]
     sources = [f"{at.tensor}, {at.dim}" for at in tables.sources] or ["0"]
-    inputs = ", ".join(f"t{i}" for i in range(len(tables.externals)))
+    reads, mutates = itertools.count(), itertools.count()
+    inputs = ", ".join(
+        f"w{next(mutates)}" if is_written else f"read[{next(reads)}]" for is_written in writes
+    )
     outputs = ", ".join(f"r{i}" for i in range(len(tables.made)))
     words = [f"{{{_int(c)}, {f}, {s}, {a}}}" for c, f, s, a in tables.words]
-    return f"""{_signature(number, tables)} {{
+    return f"""{_signature(number, tables, sum(writes))} {{
   static const int64_t calls[] = {{{", ".join(calls)}}};
   static const FastgenWord words[] = {{{", ".join(words)}}};
   static const int64_t sources[] = {{{", ".join(sources)}}};
