@@ -61,6 +61,7 @@ _OF_ROWS = (
 _LOOPS_OVER_ROWS = ("layer_norm", "mean", "softmax", "_softmax", "sum")
 # Elements that torch's loops take at once, at most, and fewer than which threads never share.
 _VECTOR, _SHARED = 64, 1 << 15
+# Products of experts, for which row_grouped_linear stands in.
 _GROUPED = ("aten::_grouped_mm", "fastgen::grouped_mm")
 _FASTGEN_OF_ROWS = (
     "fastgen::rms_norm",

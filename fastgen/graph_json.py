@@ -26,6 +26,7 @@ from torch.fx.experimental.symbolic_shapes import (
 
 from .passes import CapturedGraph, InputSpec, MergePlan, PassReport, Report
 from .passes.graph import module_of, remember_module
+from .value_forms import ValueForm, ValueForms
 
 FORMAT = 2
 _MAX_CONSTANT_BYTES = 1 << 16
@@ -150,7 +151,7 @@ class _ValueTable:
             return ["scalar", value]
         if isinstance(value, torch.SymInt):
             return ["size", self._size(value, where)]
-        if isinstance(value, FakeTensor):
+        if isinstance(value, FakeTensor | ValueForm):
             shape = [self._size(size, where) for size in value.shape]
             strides = [self._size(stride, where) for stride in value.stride()]
             return ["tensor", shape, strides, str(value.dtype), str(value.device)]
@@ -169,11 +170,17 @@ class _ValueTable:
 # Reading.
 
 
-def graph_from(data: dict[str, Any], device: torch.device) -> tuple[CapturedGraph, Report]:
-    """What `written` wrote. Raises: an error of some kind for anything unexpected."""
+def graph_from(
+    data: dict[str, Any], device: torch.device, traceable: bool = True
+) -> tuple[CapturedGraph, Report]:
+    """What `written` wrote.
+
+    traceable: Whether its values are fake tensors, which passes and compilers need.
+    Raises: an error of some kind for anything unexpected.
+    """
     if data["format"] != FORMAT:
         raise ValueError(f"format {data['format']}, {FORMAT} is read")
-    values = _stand_ins(data["values"])
+    values = _stand_ins(data["values"], _Traceable() if traceable else ValueForms())
     graph, nodes = fx.Graph(), {}
     for row in data["nodes"]:
         node = _add_node(graph, row, nodes)
@@ -260,24 +267,32 @@ def _tensor(row: list[Any]) -> torch.Tensor:
     return raw.view(_TORCH_VALUES[dtype]).reshape(shape).to(device)
 
 
-def _stand_ins(rows: list[Any]) -> list[Any]:
+class _Traceable:
     """Values as a trace would have left them: fake tensors, symbolic sizes with their example.
 
     Sizes that were equal in the example share a symbol.
     """
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    dynamic = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-    symbols: dict[int, Any] = {}
 
+    def __init__(self) -> None:
+        self._mode = FakeTensorMode(shape_env=ShapeEnv())
+        self._sizes: dict[int, Any] = {}
+
+    def size(self, example: int) -> Any:
+        if example not in self._sizes:
+            dynamic = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+            tensor = torch.empty(example, device="meta")
+            symbolic = self._mode.from_tensor(tensor, symbolic_context=dynamic, static_shapes=False)
+            self._sizes[example] = symbolic.shape[0]
+        return self._sizes[example]
+
+    def tensor(self, shape: Any, strides: Any, dtype: torch.dtype, device: str) -> torch.Tensor:
+        with self._mode:
+            return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+
+def _stand_ins(rows: list[Any], forms: _Traceable | ValueForms) -> list[Any]:
     def size(written: Any) -> Any:
-        if isinstance(written, int):
-            return written
-        (hint,) = written
-        if hint not in symbols:
-            example = torch.empty(hint, device="meta")
-            symbolic = mode.from_tensor(example, symbolic_context=dynamic, static_shapes=False)
-            symbols[hint] = symbolic.shape[0]
-        return symbols[hint]
+        return written if isinstance(written, int) else forms.size(*written)
 
     def value(row: list[Any]) -> Any:
         match row:
@@ -287,8 +302,7 @@ def _stand_ins(rows: list[Any]) -> list[Any]:
                 return size(written)
             case ["tensor", shape, strides, dtype, device]:
                 form = [size(item) for item in shape], [size(item) for item in strides]
-                with mode:
-                    return torch.empty_strided(*form, dtype=_TORCH_VALUES[dtype], device=device)
+                return forms.tensor(*form, _TORCH_VALUES[dtype], device)
             case ["tuple", items]:
                 return tuple(map(value, items))
         raise ValueError(f"{row!r} is no kind of value")

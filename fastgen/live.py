@@ -6,7 +6,7 @@ import ctypes
 import dataclasses
 import enum
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,10 +90,20 @@ class LiveWeights:
 
     Args:
         weight_check: How `check` looks for values that changed without a new version; see Config.
+        memory: Gives so many bytes for packed weights: [num_bytes] uint8.
+        merges_packed: Whether members lie in one merged weight even if the graph reads only a
+            packed copy of it; not worth it where they are pages of a file.
     """
 
-    def __init__(self, model: nn.Module, weight_check: str = "sampled") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        weight_check: str = "sampled",
+        memory: Callable[[int], torch.Tensor] = huge_pages,
+        merges_packed: bool = True,
+    ) -> None:
         self.weight_check = weight_check
+        self._memory, self._merges_packed = memory, merges_packed
         self.released = ReleasedWeights()
         self._model = weakref.ref(model)
         self._plans: dict[str, MergePlan] = {}
@@ -105,13 +115,14 @@ class LiveWeights:
         self._packed: dict[InputSpec, torch.Tensor] = {}
         self._packed_shapes: dict[InputSpec, tuple] = {}
 
-    def attach(self, plans: Iterable[MergePlan]) -> None:
+    def attach(self, plans: Iterable[MergePlan], inputs: Iterable[InputSpec] = ()) -> None:
         """Lay out these merged weights and no others, one at a time.
 
+        inputs: Of the graph that reads them.
         A plan that is laid out already, by the same parameters, stays as it is, and so does one
         whose parameters were released. After a failure nothing is laid out or released.
         """
-        plans, model = tuple(plans), self._require_model()
+        plans, model, read = tuple(plans), self._require_model(), set(inputs)
         self._plans = {plan.name: plan for plan in plans}
         self._forget()
         try:
@@ -120,7 +131,8 @@ class LiveWeights:
                     _split(self._merged.pop(plan), _tensors_of(model))
             for plan in plans:
                 released = is_released(model.get_parameter(plan.members[0]))
-                if plan not in self._merged and not released:
+                unread = not self._merges_packed and InputSpec("merged", plan.name) not in read
+                if plan not in self._merged and not (released or unread):
                     self._merged[plan] = _merge(model, plan)
         except BaseException:
             self.detach()
@@ -173,13 +185,11 @@ class LiveWeights:
                         to_pack[spec] = members
                     else:
                         found[spec] = packed
-        weights = {
-            spec: merged.get(spec.target, next(iter(members.values())))
-            for spec, members in to_pack.items()
-        }
-        self._make_room(weights)
+        self._make_room({spec: _joined_form(members) for spec, members in to_pack.items()})
         for spec, members in to_pack.items():
-            found[spec] = pack(weights.pop(spec), spec.layout, self._packed.get(spec))
+            weight = merged[spec.target] if spec.target in merged else _joined(members)
+            found[spec] = pack(weight, spec.layout, self._packed.get(spec))
+            del weight
             if release:
                 merged.pop(spec.target, None)
                 self._release(spec, members, found[spec], inputs)
@@ -193,7 +203,7 @@ class LiveWeights:
         """Memory for packed copies, one after the other; what there is already serves again."""
         shapes = {spec: tuple(weight.shape) for spec, weight in weights.items()}
         if shapes != self._packed_shapes:
-            self._packed, self._packed_shapes = _room_for(weights), shapes
+            self._packed, self._packed_shapes = _room_for(weights, self._memory), shapes
 
     def _members(self, target: str) -> dict[str, nn.Parameter]:
         """The parameters that a packed weight is made from, in its order."""
@@ -225,7 +235,7 @@ class LiveWeights:
             self.released.release(target, members, packed, spec.layout, everything)
             and target in self._plans
         ):
-            del self._merged[self._plans[target]]
+            self._merged.pop(self._plans[target], None)
 
     def _watch(self, tensors: dict[str, torch.Tensor]) -> None:
         self._watched = [_Watched.of(name, tensor) for name, tensor in tensors.items()]
@@ -316,15 +326,31 @@ class LiveWeights:
         return model
 
 
-def _room_for(sources: dict[InputSpec, torch.Tensor]) -> dict[InputSpec, torch.Tensor]:
+def _room_for(
+    sources: dict[InputSpec, torch.Tensor], memory: Callable[[int], torch.Tensor]
+) -> dict[InputSpec, torch.Tensor]:
     """Where the packed copies will lie, for layouts whose memory is ours."""
     ours = {spec: weight for spec, weight in sources.items() if spec.layout != "onednn"}
     sizes = [packed_bytes(weight.shape, spec.layout) for spec, weight in ours.items()]
-    parts = huge_pages(sum(sizes)).split(sizes) if sizes else ()
+    parts = memory(sum(sizes)).split(sizes) if sizes else ()
     return {
         spec: part.view(weight.dtype).view(packed_shape(weight.shape, spec.layout))
         for (spec, weight), part in zip(ours.items(), parts, strict=True)
     }
+
+
+def _joined_form(members: dict[str, nn.Parameter]) -> torch.Tensor:
+    """What members one above the other are like: a tensor without memory."""
+    first, *_ = members.values()
+    rows = sum(member.shape[0] for member in members.values())
+    return torch.empty((rows, *first.shape[1:]), dtype=first.dtype, device="meta")
+
+
+@torch.no_grad()
+def _joined(members: dict[str, nn.Parameter]) -> torch.Tensor:
+    """Members one above the other, for the moment; one alone as it is."""
+    first, *others = members.values()
+    return torch.cat([first, *others]) if others else first
 
 
 def _tensor(module: nn.Module | None, attribute: str) -> torch.Tensor | None:

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ from .engine.engine import EngineCore
 from .errors import ReleasedWeightsError, UnsupportedModelError
 from .explanation import Explanation
 from .fingerprint import fingerprint
+from .kernels.packing import huge_pages
 from .live import Change, LiveWeights
 from .passes import PLAIN, CapturedGraph, InputSpec, Variant
 from .released import WAY_BACK
@@ -106,14 +107,22 @@ class OptimizedModel:
     one that changes back. Weights that changed begin a new `weight_epoch`.
     """
 
-    def __init__(self, model: Any, config: Config, maker: Maker) -> None:
+    def __init__(
+        self,
+        model: Any,
+        config: Config,
+        maker: Maker,
+        memory: Callable[[int], torch.Tensor] = huge_pages,
+        merges_packed: bool = True,
+    ) -> None:
+        """memory, merges_packed: As of LiveWeights."""
         self.config = config
         self.weight_epoch = 0
         self.fallbacks: Counter[str] = Counter()
         self.seconds: dict[str, float] = {}  # of what every entry does
         self.class_name = type(model).__name__
         self._maker = maker
-        self.weights = LiveWeights(model, config.weight_check)
+        self.weights = LiveWeights(model, config.weight_check, memory, merges_packed)
         self._lock = threading.RLock()
         self._engine: EngineCore | None = None
         self._graphs: dict[tuple, Graphs] = {}  # the one used last is last
@@ -137,7 +146,7 @@ class OptimizedModel:
     def _attach(self, graph: Graphs, release: bool = False) -> None:
         compiled = graph.compiled
         with timed(self.start, "weights merged"):
-            self.weights.attach(compiled.merges)
+            self.weights.attach(compiled.merges, compiled.weight_inputs)
         try:
             with timed(self.start, "weights packed"):
                 graph.bind(self.weights.resolve(compiled.weight_inputs, release))

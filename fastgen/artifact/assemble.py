@@ -12,6 +12,7 @@ import torch
 from .. import registry
 from ..compiled import CompiledForward
 from ..config import Config
+from ..engine.kv_cache import free_memory_bytes
 from ..errors import ArtifactError, UnsupportedModelError
 from ..kernels.cpu import why_missing
 from ..optimized import Graphs, OptimizedModel, timed
@@ -21,6 +22,7 @@ from ..released import guard, unguard
 from .loaded import GenerationConfig, LoadedModel
 from .machine import check_machine, check_memory
 from .manifest import CheckedFolder, Manifest
+from .prefault import Prefault
 from .program import GRAPH, PROGRAMS, read_graph
 from .weights import BUFFERS, files_of, read_tensors
 
@@ -44,14 +46,34 @@ def assemble(
     manifest = checked.manifest
     check_machine(manifest)
     config = _config(manifest, config, fields)
+    free_bytes = free_memory_bytes(torch.device(manifest.device))
+    check_memory(manifest.packed_bytes, free_bytes, manifest.device)
+    prefault = Prefault(manifest.packed_bytes)
+    try:
+        return _assemble(checked, weights, config, prefault, free_bytes, start)
+    finally:
+        prefault.cancel()
+
+
+def _assemble(
+    checked: CheckedFolder,
+    weights: Path | None,
+    config: Config,
+    prefault: Prefault,
+    free_bytes: int,
+    start: dict[str, float],
+) -> LoadedModel:
+    manifest = checked.manifest
     graphs = _graphs(checked, config, start)
-    check_memory(_memory_bytes(manifest, graphs.rewritten, config), graphs.device)
+    needed = _memory_bytes(manifest, graphs.rewritten)
+    check_memory(needed, free_bytes, manifest.device)
     with timed(start, "weights compared and opened"):
         tensors = _tensors(checked, weights, graphs.device)
         generation_config = GenerationConfig(_json(checked.wait(GENERATION_CONFIG)))
         checked.wait_all()
     model = LoadedModel(checked.path, manifest, tensors, generation_config)
-    optimized = OptimizedModel(model, config, _ArtifactMaker(graphs, checked.path, start))
+    maker = _ArtifactMaker(graphs, checked.path, start)
+    optimized = OptimizedModel(model, config, maker, prefault.take, merges_packed=False)
     try:
         if optimized.weights.released:
             guard(LoadedModel)
@@ -114,9 +136,11 @@ def _graphs(checked: CheckedFolder, config: Config, start: dict[str, float]) -> 
             f"its program is of kind {manifest.program!r}, and this fastgen runs "
             f"{', '.join(PROGRAMS)}"
         )
-    device = torch.device(manifest.device)
+    device, direct = torch.device(manifest.device), manifest.program == "direct"
     with timed(start, "graph read"):
-        graph, report = read_graph(checked.wait(GRAPH), device)
+        # Compilers, graphs of CUDA and what is deterministic look at values as torch traces them.
+        plain = config.codegen != "inductor" and not config.deterministic and device.type == "cpu"
+        graph, report = read_graph(checked.wait(GRAPH), device, not (plain and direct))
     if device.type == "cpu":
         with timed(start, "kernels loaded"):
             why_missing()
@@ -141,18 +165,19 @@ def _check_inputs(manifest: Manifest, compiled: CompiledForward) -> None:
             raise ArtifactError(f"{GRAPH} reads {', '.join(missing)}, which no file holds")
 
 
-def _memory_bytes(manifest: Manifest, graph: CapturedGraph, config: Config) -> int:
+def _memory_bytes(manifest: Manifest, graph: CapturedGraph) -> int:
     """What the weights take besides pages of the files, which the system can take back."""
     sizes = {
         name: torch.empty(entry.shape, dtype=getattr(torch, entry.dtype), device="meta").nbytes
         for entry in (*manifest.weights, *manifest.buffers)
         for name in entry.names
     }
-    merged = [sum(sizes[name] for name in plan.members) for plan in graph.merges]
-    held = max(merged, default=0) if config.release_weights else sum(merged)
+    read = {spec.target for spec in graph.inputs.values() if spec.kind == "merged"}
+    merged = {plan.name: sum(sizes[name] for name in plan.members) for plan in graph.merges}
+    held = sum(merged[name] for name in read) + max(merged.values(), default=0)
     if torch.device(manifest.device).type != "cpu":  # where nothing is mapped
         held = sum(sizes[entry.names[0]] for entry in (*manifest.weights, *manifest.buffers))
-        held += max(merged, default=0)
+        held += max(merged.values(), default=0)
     return held + packed_bytes(graph)
 
 

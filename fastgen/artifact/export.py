@@ -18,6 +18,7 @@ from ..config import Config
 from ..errors import ArtifactError, UnsupportedModelError
 from ..explanation import Explanation
 from ..optimized import Graphs, TransformersLoop, timed
+from ..passes import CapturedGraph
 from ..registry import lookup
 from ..wrappers import unwrap, wrapper_refusal
 from .assemble import GENERATION_CONFIG, SETTINGS
@@ -182,12 +183,21 @@ def _write(
         why_not_longer=graphs.why_not_longer,
         settings={name: getattr(source.config, name) for name in SETTINGS},
         cache=tuple(layers),
+        packed_bytes=_packed_bytes(graphs.rewritten),
         weights=tuple(entry for entry, _ in found.values()),
         buffers=tuple(entry_of(tensor, "buffer", [name]) for name, tensor in buffers.items()),
         files=files,
     )
     (folder / MANIFEST).write_text(manifest.to_text(), encoding="utf-8")
     return manifest
+
+
+def _packed_bytes(graph: CapturedGraph) -> int:
+    return sum(
+        node.meta["val"].nbytes
+        for node in graph.placeholders()
+        if graph.inputs[node.name].layout not in (None, "onednn")
+    )
 
 
 def _buffers(source: _Source, saved: set[str]) -> dict[str, torch.Tensor]:

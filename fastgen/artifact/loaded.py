@@ -13,10 +13,16 @@ import torch
 from torch import nn
 
 from ..config import SamplingParams
-from ..errors import ArtifactError, FastgenError, InvalidRequestError, RequestFailedError
+from ..errors import (
+    ArtifactError,
+    FastgenError,
+    InvalidRequestError,
+    NotOptimizedError,
+    RequestFailedError,
+)
 from ..frontend import Engine, params_of
 from ..outputs import EngineMetrics
-from ..registry import require
+from ..registry import lookup, require
 from .manifest import Manifest, TensorEntry
 
 TOKENIZER = "tokenizer"
@@ -114,6 +120,10 @@ class LoadedModel(nn.Module):
         Raises: InvalidRequestError for anything else, and for a number out of its range;
             CapacityError for too many tokens, RequestFailedError if a step fails.
         """
+        if lookup(self) is None:
+            raise NotOptimizedError(
+                "this loaded model is a copy of one, or was restored: load the folder again"
+            )
         config = self._config(fields)
         rows = _visible(input_ids, attention_mask, config)
         params = _params(config, input_ids.shape[1], self.manifest.max_model_len)

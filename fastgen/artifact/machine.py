@@ -7,7 +7,6 @@ from collections.abc import Iterable
 import torch
 
 from .._version import __version__
-from ..engine.kv_cache import free_memory_bytes
 from ..errors import ArtifactError
 from ..kernels import cpu
 from ..passes import InputSpec
@@ -46,7 +45,7 @@ def check_machine(manifest: Manifest) -> None:
         if (why := _why_not(isa)) is not None:
             raise ArtifactError(
                 f"its weights are packed for a processor with {isa}, and {why}: export it here, or "
-                "with pack=False"
+                "optimize the model with pack=False before"
             )
 
 
@@ -72,21 +71,18 @@ def _why_not(isa: str) -> str | None:
         case "avx512_bf16":
             if (why := cpu.why_missing()) is not None:
                 return why
-            return (
-                "the C++ kernels have no bf16 instructions here" * (cpu.isa() == "generic") or None
-            )
+            return "there are no such instructions here" if cpu.isa() == "generic" else None
         case "onednn_bf16":
             has_it = torch.backends.mkldnn.is_available()
             has_it = has_it and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-            return None if has_it else "oneDNN does not use them here"
+            return None if has_it else "oneDNN has none here"
     return "this fastgen does not know what that is"
 
 
-def check_memory(needed_bytes: int, device: torch.device) -> None:
+def check_memory(needed_bytes: int, free_bytes: int, device: str) -> None:
     """Raise ArtifactError unless so much memory is free."""
-    free = free_memory_bytes(device)
-    if needed_bytes > free:
+    if needed_bytes > free_bytes:
         raise ArtifactError(
             f"its weights take {needed_bytes / 2**20:.0f} MiB of memory on {device} as they are "
-            f"merged and packed, and {free / 2**20:.0f} MiB are free"
+            f"merged and packed, and {free_bytes / 2**20:.0f} MiB are free"
         )

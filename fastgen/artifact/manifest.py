@@ -52,7 +52,8 @@ class Manifest:
     model: The class it was exported from. program: How the graph is run, see program.py. device:
     Where it runs. isa: What the processor must have for packed weights, see machine.py. settings:
     Fields of Config that the graph depends on. cache: One entry per layer of the KV cache.
-    weights: Of weights*.safetensors; buffers: of buffers.safetensors. files: By their path.
+    packed_bytes: Of packed weights in memory of ours.
+    weights: Of model*.safetensors; buffers: of buffers.safetensors. files: By their path.
     """
 
     format: int
@@ -67,6 +68,7 @@ class Manifest:
     why_not_longer: str
     settings: dict[str, Any]
     cache: tuple[dict[str, Any], ...]
+    packed_bytes: int
     weights: tuple[TensorEntry, ...]
     buffers: tuple[TensorEntry, ...]
     files: dict[str, FileEntry]
@@ -254,19 +256,19 @@ def _read_manifest(path: Path, found: dict[str, int]) -> Manifest:
 
 def _files_in(path: Path, prefix: str = "") -> Iterable[tuple[str, int]]:
     """Every file below a folder: its path from there, its size. Raises: ArtifactError."""
-    for entry in os.scandir(path):
-        name = f"{prefix}{entry.name}"
-        status = entry.stat(follow_symlinks=False)
-        if stat.S_ISLNK(status.st_mode):
-            raise ArtifactError(
-                f"{entry.path} is a symbolic link; put the file itself into the folder"
-            )
-        if stat.S_ISDIR(status.st_mode):
-            yield from _files_in(Path(entry.path), f"{name}/")
-        elif stat.S_ISREG(status.st_mode):
-            yield name, status.st_size
-        else:
-            raise ArtifactError(f"{entry.path} is neither a file nor a folder")
+    with os.scandir(path) as entries:
+        for entry in entries:
+            name, mode = f"{prefix}{entry.name}", entry.stat(follow_symlinks=False).st_mode
+            if stat.S_ISLNK(mode):
+                raise ArtifactError(
+                    f"{entry.path} is a symbolic link; put the file itself into the folder"
+                )
+            if stat.S_ISDIR(mode):
+                yield from _files_in(Path(entry.path), f"{name}/")
+            elif stat.S_ISREG(mode):
+                yield name, entry.stat().st_size
+            else:
+                raise ArtifactError(f"{entry.path} is neither a file nor a folder")
 
 
 def _check_name(name: str) -> None:

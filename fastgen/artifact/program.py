@@ -85,9 +85,9 @@ def write_graph(folder: Path, graph: CapturedGraph, report: Report) -> None:
     (folder / GRAPH).write_text(text)
 
 
-def read_graph(path: Path, device: torch.device) -> tuple[CapturedGraph, Report]:
-    """Raises: ArtifactError if it is no graph for the device."""
+def read_graph(path: Path, device: torch.device, traceable: bool) -> tuple[CapturedGraph, Report]:
+    """traceable: As of graph_json. Raises: ArtifactError if it is no graph for the device."""
     try:
-        return graph_from(json.loads(path.read_text(encoding="utf-8")), device)
+        return graph_from(json.loads(path.read_text(encoding="utf-8")), device, traceable)
     except Exception as error:  # whatever is wrong with it
         raise ArtifactError(f"{path} cannot be read: {type(error).__name__}: {error}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from .fresh import run_fresh
 from .machine import peak_rss_bytes, reset_peak_rss
 
 ENGINES = ("fastgen", "transformers")
-_PROMPT = list(range(1, 33))
+PROMPT = list(range(1, 33))
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Startup:
     """One engine in one fresh process, times in seconds.
 
     prepare: `optimize` and the engine; first_token: of a prompt of 32 tokens; second_token: the
-    same again with another prompt, when everything is warm.
+    same again with another prompt, when everything is warm. load: from files to a model in memory,
+    where that is measured, too. parts: Of the start, as `explain` tells them.
     """
 
     engine: str
@@ -28,10 +29,12 @@ class Startup:
     first_token_s: float
     second_token_s: float
     peak_rss_bytes: int | None
+    load_s: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)
 
     @property
     def total_s(self) -> float:
-        return self.prepare_s + self.first_token_s
+        return self.load_s + self.prepare_s + self.first_token_s
 
 
 def measure_here(engine: str, model: Any) -> Startup:
@@ -45,7 +48,7 @@ def measure_here(engine: str, model: Any) -> Startup:
     prepared = time.perf_counter()
     times = []
     for shift in (0, 100):
-        ids = torch.tensor([[token + shift for token in _PROMPT]], device=model.device)
+        ids = torch.tensor([[token + shift for token in PROMPT]], device=model.device)
         before = time.perf_counter()
         model.generate(ids, max_new_tokens=1, do_sample=False)
         times.append(time.perf_counter() - before)

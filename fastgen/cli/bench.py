@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..bench import peers, startup
+from ..bench import from_disk, peers, startup
 from ..bench.engines import DETERMINISTIC, Measurement, engines_for, measure
 from ..bench.fresh import run_fresh
 from ..bench.machine import measure_machine
@@ -69,6 +69,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         action="append",
         default=[],
         help=f"another engine and the python it is installed for: {', '.join(peers.DRIVERS)}",
+    )
+    parser.add_argument(
+        "--from-disk",
+        action="store_true",
+        help="for the workload startup: also from a checkpoint, and from an export of it",
     )
     parser.add_argument(
         "--profile",
@@ -220,13 +225,27 @@ def run_startup(arguments: argparse.Namespace) -> dict[str, Any]:
             others, reports = peers.measure_startup(
                 chosen, path, arguments.dtype, torch.get_num_threads(), arguments.rounds
             )
-    rows, rounds = [], rounds + others
+    rows, rounds = [], rounds + others + _from_disk(arguments)
     for name in dict.fromkeys(item.engine for item in rounds):
         items = sorted((item for item in rounds if item.engine == name), key=lambda i: i.total_s)
         middle = items[len(items) // 2]
         all_s = [item.total_s for item in items]
         rows.append({**asdict(middle), "total_s": middle.total_s, "all_total_s": all_s})
     return {"setting": setting(arguments, None), "engines": rows, "peers": reports}
+
+
+def _from_disk(arguments: argparse.Namespace) -> list[startup.Startup]:
+    """Starts that begin with files, if they are asked for: each kind in turn."""
+    if not arguments.from_disk:
+        return []
+    with from_disk.folders(make_model(arguments)) as folders:
+        where = (*folders, arguments.dtype, torch.get_num_threads())
+        from_disk.measure(from_disk.WARM, *where)  # caches the graph
+        return [
+            from_disk.measure(what, *where)
+            for _ in range(arguments.rounds)
+            for what in from_disk.STARTS
+        ]
 
 
 def setting(arguments: argparse.Namespace, workload: Workload | None) -> dict[str, Any]:
@@ -355,10 +374,20 @@ def show_startup(result: dict[str, Any]) -> None:
     console = Console()
     console.print(f"{describe(result['setting'])}; {versions(result['setting'])}")
     table = Table()
-    for name in ("engine", "prepare s", "first token s", "together", "next s", "peak MiB"):
+    for name in (
+        "engine",
+        "load s",
+        "prepare s",
+        "first token s",
+        "together",
+        "next s",
+        "peak MiB",
+    ):
         table.add_column(name, justify="left" if name == "engine" else "right")
     for row in result["engines"]:
-        times = [row[name] for name in ("prepare_s", "first_token_s", "total_s", "second_token_s")]
+        times = [
+            row[f"{name}_s"] for name in ("load", "prepare", "first_token", "total", "second_token")
+        ]
         cells = [f"{seconds:.2f}" for seconds in times]
         table.add_row(row["engine"], *cells, mebibytes(row["peak_rss_bytes"]))
     for peer in result["peers"]:

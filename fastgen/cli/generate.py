@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
-from .. import Engine, RequestOutput, SamplingParams
+from .. import Engine, RequestOutput, SamplingParams, load
 from ..errors import RequestFailedError
 from ..outputs import RequestMetrics
 from .models import add_model_arguments, load_model
@@ -25,7 +26,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_model_arguments(parser, required=True)
+    add_model_arguments(parser, required=False)
+    parser.add_argument(
+        "--artifact",
+        metavar="DIR",
+        type=Path,
+        help="what `fastgen export` wrote, instead of --model; load none that you would not run",
+    )
     parser.add_argument(
         "--prompt",
         required=True,
@@ -57,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         top_p=arguments.top_p,
         seed=arguments.seed,
     )
-    model, tokenizer = load_model(arguments.model, arguments.dtype, arguments.device)
+    model, tokenizer = _model(arguments)
     prompts: list[Any] = arguments.prompt
     if arguments.chat:
         prompts = [[{"role": "user", "content": text}] for text in prompts]
@@ -76,6 +83,17 @@ def run(arguments: argparse.Namespace) -> int:
         _tell(output.finish_reason, output.metrics)
     _raise_failures(outputs)
     return 0
+
+
+def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    if (arguments.model is None) == (arguments.artifact is None):
+        raise ValueError("give either --model DIR or --artifact DIR")
+    if arguments.artifact is None:
+        return load_model(arguments.model, arguments.dtype, arguments.device)
+    if arguments.dtype is not None or arguments.device != "cpu":
+        raise ValueError("an artifact has the dtype and the device that it was exported with")
+    model = load(arguments.artifact)
+    return model, model.tokenizer
 
 
 def _stream(engine: Engine, prompt: Any, params: SamplingParams) -> None:

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from .._version import __version__
 from ..errors import FastgenError
-from . import bench, cache, demo, explain, generate, kernels, plan, verify
+from . import bench, cache, demo, explain, export, generate, kernels, plan, verify
 
-COMMANDS = (demo, generate, explain, bench, verify, plan, cache, kernels)
+COMMANDS = (demo, generate, export, explain, bench, verify, plan, cache, kernels)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,0 +1,79 @@
+"""fastgen export and fastgen generate --artifact, as a user runs them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastgen.artifact.manifest import check_folder
+from fastgen.cli.main import main
+
+ROOT = Path(__file__).parent.parent
+
+
+def fastgen(*arguments: str | Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "fastgen.cli.main", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export") / "demo"
+    return folder, fastgen("export", "--model", "demo", "--out", folder)
+
+
+def test_export_tells_sizes_and_times(demo):
+    folder, result = demo
+    assert result.returncode == 0, result.stderr
+    for needed in (str(folder), "MiB", "model.safetensors", "manifest.json", "hashes", " s"):
+        assert needed in result.stdout
+    assert result.stderr.split() == [
+        "model",
+        "...",
+        "graph",
+        "...",
+        "weights",
+        "...",
+        "hashes",
+        "...",
+    ]
+    assert check_folder(folder).model == "LlamaForCausalLM"
+
+
+def test_generate_runs_it_with_text(demo):
+    asked = ("--prompt", "def main(", "--max-tokens", "20")
+    expected = fastgen("generate", "--model", "demo", *asked)
+    result = fastgen("generate", "--artifact", demo[0], *asked)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == expected.stdout
+    assert "[length: 20 tokens" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give either --model DIR or --artifact DIR"),
+        (("--model", "demo", "--artifact", "x"), "give either --model DIR or --artifact DIR"),
+        (("--artifact", "nowhere"), "fastgen: nowhere is no folder; give one that"),
+        (("--artifact", "x", "--dtype", "float32"), "the dtype and the device that it was"),
+    ],
+    ids=["none", "both", "nowhere", "dtype"],
+)
+def test_generate_refuses(arguments, message, capsys):
+    assert main(["generate", "--prompt", "x", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_export_leaves_what_is_there(tmp_path, capsys):
+    (tmp_path / "mine").write_text("kept")
+    assert main(["export", "--model", "demo", "--out", str(tmp_path)]) == 1
+    assert "must be new or an empty folder" in capsys.readouterr().err
