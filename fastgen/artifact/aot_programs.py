@@ -98,7 +98,7 @@ class _Sizes:
         self._made: dict[tuple[int, int, int], Any] = {}
 
     def node(self, number: int | Number) -> Any:
-        if not isinstance(number, Number):
+        if isinstance(number, int):
             return number
         key = number.constant, number.factor, number.scalar
         if key not in self._made:
@@ -205,9 +205,9 @@ def _int(value: int) -> str:
 
 
 def _size(number: int | Number) -> str:
-    if isinstance(number, Number):
-        return f"{{{number.constant}, {number.factor}, {number.scalar}}}"
-    return f"{{{number}, 0, 0}}"
+    if isinstance(number, int):
+        return f"{{{number}, 0, 0}}"
+    return f"{{{number.constant}, {number.factor}, {number.scalar}}}"
 
 
 def _external(value: recorded.Value) -> str:

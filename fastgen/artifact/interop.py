@@ -7,7 +7,7 @@ program's parameters under their own names, and a batch's tensors and the caches
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 import torch.fx.experimental._config as _symbolic
 from torch import fx, nn
 
+from ..compiled import rewrite
 from ..errors import UnsupportedModelError
 from ..passes import CapturedGraph, InputSpec
 from .aten_ops import aten_body
@@ -24,6 +25,22 @@ PASSES_OFF = ("merge_linears", "pack_gated_linears", "pack_linears")
 _NOT_SAVED = ("merged", "packed")
 _EXAMPLE_SIZES = {"num_tokens": 7, "num_seqs": 3, "num_rows": 5, "width": 2}
 _EXAMPLE_BLOCKS, _EXAMPLE_BLOCK_SIZE = 11, 16
+
+
+def graph_and_weights(
+    model: nn.Module, passes_off: Sequence[str] = ()
+) -> tuple[CapturedGraph, dict[InputSpec, torch.Tensor]]:
+    """What `export_graph` takes, of a live model. Raises: UnsupportedModelError."""
+    from ..capture import capture  # with all of transformers
+
+    graph, _ = rewrite(capture(model), (*PASSES_OFF, *passes_off))
+    weights: dict[InputSpec, torch.Tensor] = {}
+    for spec in graph.inputs.values():
+        if spec.kind == "parameter":
+            weights[spec] = model.get_parameter(spec.target)
+        elif spec.kind == "buffer":
+            weights[spec] = model.get_buffer(spec.target)
+    return graph, weights
 
 
 @torch.inference_mode(False)  # tensors that were made in it cannot be exported

@@ -370,7 +370,8 @@ class Program:
                 factors[size.scalar] = factors.get(size.scalar, 0) + _aligned(size.factor)
         if len(factors) > 1:
             raise NotRecordableError("results whose sizes follow different numbers")
-        self._workspace_size = constant, *next(iter(factors.items()), (0, 0))
+        scalar, factor = next(iter(factors.items()), (0, 0))
+        self._workspace_size = constant, scalar, factor
         self._start = {memory: starts[id(slot)] for memory, slot in place.items()}
 
     def _encode(self) -> None:

@@ -6,14 +6,14 @@ Compiling takes ten seconds and more, so that one quick test compiles for each d
 import dataclasses
 import json
 import os
+import shutil
 import struct
 import zipfile
 
 import pytest
 import torch
 from program_steps import assert_alike, batches, direct, logits_and_cache, rewritten
-from test_codegen import needs_compiler
-from tiny_models import tiny_model
+from tiny_models import greedy_alone, tiny_model
 
 import fastgen
 from fastgen.artifact import aot
@@ -22,7 +22,11 @@ from fastgen.artifact.archive import check_archive
 from fastgen.engine.kv_cache import KVCache
 from fastgen.errors import ArtifactError
 
-pytestmark = needs_compiler
+COMPILER = os.environ.get("CXX", "g++")
+pytestmark = pytest.mark.skipif(
+    shutil.which(COMPILER) is None,
+    reason=f"AOTInductor needs a C++ compiler, {COMPILER} is missing",
+)
 # What two right engines differ by in fp32, in roundings of the largest logit (see tiny_models).
 ROUNDINGS = 64
 
@@ -252,3 +256,20 @@ def test_what_cannot_be_compiled_is_refused(llama, tmp_path, monkeypatch):
     with pytest.raises(fastgen.UnsupportedModelError, match=r"no such lowering\); export it with"):
         compile_aot(case.graph, tmp_path / "model.pt2")
     assert not (tmp_path / "model.pt2").exists()
+
+
+@pytest.mark.slow
+def test_a_folder_with_a_compiled_program(tmp_path):
+    """Through export and load, and again from the loaded model: the tokens are transformers'."""
+    rows, expected = greedy_alone(tiny_model("llama"), 5, 33, num_tokens=20)
+    report = fastgen.export(tiny_model("llama"), tmp_path / "first", program="aot")
+    assert "model.pt2" in report.file_bytes
+    fastgen.export(fastgen.load(tmp_path / "first"), tmp_path / "second", program="aot")
+    for name in ("first", "second"):
+        loaded = fastgen.load(tmp_path / name)
+        assert "codegen       aot" in str(fastgen.explain(loaded))
+        engine = fastgen.Engine(loaded)
+        for _ in range(2):
+            outputs = engine.generate(rows, fastgen.SamplingParams(max_tokens=20, temperature=0.0))
+            assert [list(output.token_ids) for output in outputs] == expected
+            fastgen.release_cache(loaded)

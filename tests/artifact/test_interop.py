@@ -10,6 +10,7 @@ from tiny_models import tiny_model
 
 import fastgen
 from fastgen.artifact.interop import PASSES_OFF, export_graph
+from fastgen.errors import ArtifactError
 
 # What two right engines differ by in fp32, in roundings of the largest logit (see tiny_models).
 ROUNDINGS = 64
@@ -125,6 +126,28 @@ def test_sizes_that_do_not_fit_each_other_are_refused(tmp_path):
 def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
     case = rewritten("llama", passes_off=PASSES_OFF)
     monkeypatch.setattr("fastgen.artifact.interop.aten_body", lambda op: None)
-    with pytest.raises(fastgen.UnsupportedModelError, match=r"fastgen::\w+, which is no op of torch"):
+    with pytest.raises(fastgen.UnsupportedModelError, match=r"fastgen::\w+, which is no op"):
         export_graph(case.graph, case.forward.weights, tmp_path / "model.pt2")
     assert not (tmp_path / "model.pt2").exists()
+
+
+def test_through_the_public_function(tmp_path):
+    """Of an optimised model, whose weights lie merged."""
+    model = fastgen.optimize(tiny_model("llama"))
+    report = fastgen.export(model, tmp_path / "model.pt2", format="graph")
+    assert report.total_bytes == (tmp_path / "model.pt2").stat().st_size
+    program = torch.export.load(tmp_path / "model.pt2")
+    case = rewritten("llama", passes_off=PASSES_OFF)
+    step, inputs = program.module(), case.graph.inputs
+    given = [name for name, spec in inputs.items() if spec.kind in ("batch", "cache")]
+
+    def run(*arguments):
+        by_name = dict(zip(inputs, arguments, strict=True))
+        return step(**{name: by_name[name] for name in given})
+
+    assert_alike(logits_and_cache(case, run), direct(case), torch.float32, ROUNDINGS)
+    with pytest.raises(ArtifactError, match=r"must be a new file \*.pt2"):
+        fastgen.export(model, tmp_path / "model.pt2", format="graph")
+    fastgen.export(model, tmp_path / "artifact")
+    with pytest.raises(ArtifactError, match="export the live model"):
+        fastgen.export(fastgen.load(tmp_path / "artifact"), tmp_path / "again.pt2", format="graph")
