@@ -55,7 +55,7 @@ def opaque_module(lowered: CapturedGraph) -> tuple[fx.GraphModule, list[torch.Te
     layouts = {spec.layout for spec in lowered.inputs.values()}
     if "onednn" in layouts:
         raise UnsupportedModelError(
-            'codegen="inductor" needs weights that are plain memory, and some are packed in '
+            "torch's Inductor needs weights that are plain memory, and some are packed in "
             'oneDNN\'s layout here; use codegen="direct" or pack=False'
         )
     examples = _examples(lowered)

@@ -1,8 +1,8 @@
-"""A rewritten graph compiled ahead of time by AOTInductor, once for all lengths.
+"""Programs that aot_compiler.py compiled, loaded: nothing of torch's compiler is needed.
 
-Weights, caches and all metadata of a batch are inputs of the program, in the graph's order, with
-sizes that no code was specialised on: the archive holds no weight, and a cache is written where it
-lies. Kernels stay calls of this package's: each is an op that the program calls by its name.
+An archive says of itself what it was compiled for and with, and that is compared with what is here
+before its library is opened. Kernels that are no part of it are this package's: functions of the
+C++ library by their addresses, the others as ops that the program calls by their names.
 """
 
 from __future__ import annotations
@@ -10,28 +10,21 @@ from __future__ import annotations
 import ctypes
 import json
 import re
-import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
 
-from ..compiled import choose_kernels
-from ..errors import ArtifactError, UnsupportedModelError
-from ..fold_views import fold_views
-from ..inductor import OPTIONS, opaque, opaque_module
+from ..errors import ArtifactError
 from ..kernels import cpu, implementations
 from ..kernels.cpu.build import instruction_sets
-from ..native_code import compile_programs
 from ..passes import CapturedGraph
-from .aot_programs import MAX_CALLS, is_expressible, replace_programs
-from .archive import check_archive, write_archive
+from .archive import check_archive
 
 FORMAT = 1
-_KEY = "fastgen"  # of our own part of the metadata
+DESCRIPTION = "fastgen"  # our own part of the metadata
 
 
 @dataclass(frozen=True)
@@ -47,128 +40,7 @@ class Input:
     stride: tuple[int, ...] | None
 
 
-@torch.inference_mode(False)  # what is compiled in it fails outside
-@torch.no_grad()
-def compile_aot(graph: CapturedGraph, path: Path) -> None:
-    """Compile a graph after the passes and write the program; it runs on processors like this one.
-
-    Args:
-        graph: On the CPU; its kernels are not chosen yet.
-        path: The archive, `*.pt2`; replaced if it is there.
-    Raises: UnsupportedModelError if the graph cannot be compiled, or not on this machine.
-    """
-    device = graph.output_value().device
-    if device.type != "cpu":
-        raise UnsupportedModelError(
-            f"programs are compiled ahead of time for CPUs, this model is on {device.type}; "
-            'export it with program="direct"'
-        )
-    if graph.deterministic:
-        raise UnsupportedModelError(
-            "deterministic=True: Inductor chooses sums by the shapes of the batch; "
-            'export it with program="direct"'
-        )
-    lowered = graph.copy()
-    choose_kernels(lowered)
-    written = _written_inputs(lowered)
-    fold_views(lowered.graph)
-    programs, _ = compile_programs(lowered.graph, fewest=1, most=MAX_CALLS)
-    if not all(map(is_expressible, programs)):
-        raise UnsupportedModelError(
-            "a run of kernels has no result, or tensors of many dimensions, which AOTInductor's "
-            'code cannot call; export it with program="direct"'
-        )
-    module, examples = opaque_module(lowered)
-    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
-    shims, functions = replace_programs(module.graph, {inputs[index] for index in written})
-    if functions:
-        example: Any = examples[0]
-        with example.fake_mode:
-            examples.append(torch.empty(1 + len(functions), dtype=torch.int64))
-    module.recompile()
-    metadata = {_KEY: json.dumps(_description(lowered, functions))}
-    output = next(node for node in module.graph.nodes if node.op == "output")
-    if not isinstance(output.args[0], tuple):  # as AOTInductor wants it
-        output.args = ((output.args[0],),)
-        module.recompile()
-    with tempfile.TemporaryDirectory() as folder:
-        options = {
-            **OPTIONS,
-            "aot_inductor.package": True,
-            "aot_inductor.output_path": folder,
-            "aot_inductor.metadata": metadata,
-            "aot_inductor.custom_ops_to_c_shims": shims,
-            "aot_inductor.enable_line_tables": False,
-        }
-        try:
-            import torch._inductor as inductor  # 1 s, for those who use it
-
-            files: Any = inductor.aot_compile(module, tuple(examples), options=options)
-        except Exception as error:
-            lines = str(error).strip().splitlines()
-            raise UnsupportedModelError(
-                f"torch's AOTInductor cannot compile the graph ({type(error).__name__}: "
-                f'{lines[0] if lines else ""}); export it with program="direct"'
-            ) from error
-        write_archive(files, path)
-
-
-def _written_inputs(lowered: CapturedGraph) -> set[int]:
-    """The numbers of the inputs that kernels write into."""
-    written: set[fx.Node] = set()
-    for node in lowered.graph.nodes:
-        if (kernel := node.meta.get("kernel")) is None:
-            continue
-        schema = getattr(torch.ops.fastgen, kernel.op.removeprefix("fastgen::")).default._schema
-        for argument, given in zip(schema.arguments, node.args, strict=False):
-            if argument.is_write:
-                fx.map_arg(given, written.add)
-    return {index for index, node in enumerate(lowered.placeholders()) if node in written}
-
-
-def _description(lowered: CapturedGraph, functions: Sequence[str]) -> dict[str, Any]:
-    """What `load_aot` has to know before it may open the archive.
-
-    functions: Of the library, which the code calls by their addresses.
-    """
-    kernels = {
-        (kernel.op, kernel.name)
-        for node in lowered.graph.nodes
-        if (kernel := node.meta.get("kernel")) is not None and node.target is kernel.function
-    }
-    return {
-        "format": FORMAT,
-        "torch": _torch_version(),
-        "device": lowered.output_value().device.type,
-        "isa": cpu.isa() if cpu.why_missing() is None else "none",
-        "instruction_sets": sorted(instruction_sets()),
-        "kernels": sorted(kernels),
-        "functions": list(functions),
-        "inputs": [asdict(item) for item in _inputs(lowered)],
-        "num_outputs": len(lowered.outputs()),
-    }
-
-
-def _inputs(graph: CapturedGraph) -> list[Input]:
-    found = []
-    for node in graph.placeholders():
-        spec, value = graph.inputs[node.name], node.meta["val"]
-        shape = tuple(
-            size
-            if isinstance(size, int)
-            else f"cache {dim}"  # all caches share them
-            if spec.kind == "cache"
-            else str(size)
-            for dim, size in enumerate(value.shape)
-        )
-        fixed = all(isinstance(size, int) for size in shape)
-        stride = tuple(value.stride()) if fixed and not value.is_contiguous() else None
-        dtype = str(value.dtype).removeprefix("torch.")
-        found.append(Input(f"{spec.kind} {spec.target}", dtype, shape, stride))
-    return found
-
-
-def _torch_version() -> str:
+def torch_version() -> str:
     return torch.__version__.partition("+")[0]
 
 
@@ -180,7 +52,7 @@ def load_aot(path: Path, device: torch.device | str = "cpu") -> AotProgram:
     """
     found = check_archive(path)
     try:
-        description = json.loads(found[_KEY])
+        description = json.loads(found[DESCRIPTION])
         number = description["format"]
         if number != FORMAT:
             raise ArtifactError(
@@ -215,9 +87,9 @@ def _check_machine(path: Path, description: dict[str, Any], device: torch.device
         raise ArtifactError(
             f"{path} is compiled for {description['device']}, asked for is {device.type}; {again}"
         )
-    if description["torch"] != _torch_version():
+    if description["torch"] != torch_version():
         raise ArtifactError(
-            f"{path} is compiled for torch {description['torch']}, this is {_torch_version()}; "
+            f"{path} is compiled for torch {description['torch']}, this is {torch_version()}; "
             f"{again}"
         )
     if lacking := sorted(set(description["instruction_sets"]) - instruction_sets()):
@@ -244,6 +116,8 @@ def _register(path: Path, op: str, name: str) -> None:
         raise ArtifactError(
             f"{path} calls the kernel {name!r} of {op}, which this fastgen has not; export it again"
         ) from None
+    from ..inductor import opaque  # with what defines ops, for those who have such kernels
+
     opaque(kernel)
 
 

@@ -47,7 +47,7 @@ def _run_directly(
 
 
 def _compile(folder: Path, graph: CapturedGraph) -> None:
-    from .aot import compile_aot  # Inductor takes a second to import
+    from .aot_compiler import compile_aot  # with torch's compiler
 
     compile_aot(graph, folder / COMPILED)
 

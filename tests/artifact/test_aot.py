@@ -17,7 +17,8 @@ from tiny_models import greedy_alone, tiny_model
 
 import fastgen
 from fastgen.artifact import aot
-from fastgen.artifact.aot import compile_aot, load_aot
+from fastgen.artifact.aot import load_aot
+from fastgen.artifact.aot_compiler import compile_aot
 from fastgen.artifact.archive import check_archive
 from fastgen.engine.kv_cache import KVCache
 from fastgen.errors import ArtifactError
