@@ -29,7 +29,7 @@ class _Sizes:
     def evaluate_sym_node(
         self, node: SymNode, size_oblivious: bool = False, fallback_value: bool | None = None
     ) -> Any:
-        value = node.expr.xreplace(self.examples)
+        value: Any = node.expr.xreplace(self.examples)
         return int(value) if value.is_number else bool(value)
 
     def replace(self, expression: Any) -> Any:
@@ -69,7 +69,9 @@ class ValueForms:
         if example not in self._known:
             symbol = sympy.Symbol(f"s{len(self._known)}", integer=True, positive=True)
             self._sizes.examples[symbol] = sympy.Integer(example)
-            self._known[example] = torch.SymInt(SymNode(symbol, self._sizes, int, example))
+            self._known[example] = torch.SymInt(
+                SymNode(symbol, self._sizes, int, example)  # pyright: ignore
+            )
         return self._known[example]
 
     def tensor(

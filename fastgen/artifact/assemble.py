@@ -21,7 +21,7 @@ from ..passes.pack_linears import packed_bytes
 from ..released import guard, unguard
 from .loaded import GenerationConfig, LoadedModel
 from .machine import check_machine, check_memory
-from .manifest import CheckedFolder, Manifest
+from .manifest import CheckedFolder, Manifest, Progress
 from .prefault import Prefault
 from .program import GRAPH, PROGRAMS, read_graph
 from .weights import BUFFERS, files_of, read_tensors
@@ -36,6 +36,7 @@ def assemble(
     weights: Path | None,
     config: Config | None,
     fields: Mapping[str, Any],
+    progress: Progress,
     start: dict[str, float],
 ) -> LoadedModel:
     """The loaded model, ready to run.
@@ -50,7 +51,7 @@ def assemble(
     check_memory(manifest.packed_bytes, free_bytes, manifest.device)
     prefault = Prefault(manifest.packed_bytes)
     try:
-        return _assemble(checked, weights, config, prefault, free_bytes, start)
+        return _assemble(checked, weights, config, prefault, free_bytes, progress, start)
     finally:
         prefault.cancel()
 
@@ -61,6 +62,7 @@ def _assemble(
     config: Config,
     prefault: Prefault,
     free_bytes: int,
+    progress: Progress,
     start: dict[str, float],
 ) -> LoadedModel:
     manifest = checked.manifest
@@ -68,9 +70,10 @@ def _assemble(
     needed = _memory_bytes(manifest, graphs.rewritten)
     check_memory(needed, free_bytes, manifest.device)
     with timed(start, "weights compared and opened"):
+        checked.wait_all(progress)
         tensors = _tensors(checked, weights, graphs.device)
         generation_config = GenerationConfig(_json(checked.wait(GENERATION_CONFIG)))
-        checked.wait_all()
+    progress("weights packed", 0, 1)
     model = LoadedModel(checked.path, manifest, tensors, generation_config)
     maker = _ArtifactMaker(graphs, checked.path, start)
     optimized = OptimizedModel(model, config, maker, prefault.take, merges_packed=False)

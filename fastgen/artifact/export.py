@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,15 +23,12 @@ from ..wrappers import unwrap, wrapper_refusal
 from .assemble import GENERATION_CONFIG, SETTINGS
 from .loaded import TOKENIZER, GenerationConfig, LoadedModel
 from .machine import isa_of
-from .manifest import FORMAT, MANIFEST, Manifest, file_entry
+from .manifest import FORMAT, MANIFEST, Manifest, Progress, file_entry
 from .program import DEFAULT, PROGRAMS, write_graph
 from .weights import BUFFERS, entry_of, weights_of, write_tensors, write_weights
 
 EXPLANATION = "explain.json"
 FORMATS = ("artifact", "graph")
-
-# Told what is being done, and how many bytes of how many.
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -76,6 +72,7 @@ def export(
         program: How it will run: "direct", by this package's kernels, chosen when it is loaded; or
             "aot", compiled now by AOTInductor, for this version of torch and processors like this.
         tokenizer: Exported too, so that text can be given to the loaded model.
+        progress: Told what is being done, and how much of how much.
     Returns: sizes and times; print it.
     Raises: UnsupportedModelError as `fastgen.optimize`, ArtifactError for what cannot be written,
         OSError.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArtifactError
-from .manifest import CheckedFolder
+from .manifest import CheckedFolder, Progress
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -20,6 +20,7 @@ def load(
     *,
     weights: str | os.PathLike | None = None,
     config: Config | None = None,
+    progress: Progress | None = None,
     **fields: Any,
 ) -> LoadedModel:
     """Load an exported model: without transformers' code for it, without tracing or compiling.
@@ -33,6 +34,7 @@ def load(
             an index, with the same names, shapes and dtypes. They are compared with no hash.
         config: A Config; **fields change single fields of it. What the graph depends on
             (deterministic, pack, passes_off) stays as it was when the model was exported.
+        progress: Told what is being done, and how much of how much.
     Raises: ArtifactError for a folder that is damaged, changed, or for another machine, device or
         version, and where memory is too little. ValueError or TypeError for a bad field.
     """
@@ -46,8 +48,12 @@ def load(
 
         imported = time.perf_counter()
         seconds = {"folder listed": listed - start, "imports": imported - listed}
-        return assemble(checked, given, config, fields, seconds)
+        return assemble(checked, given, config, fields, progress or _say_nothing, seconds)
     except ArtifactError as error:
         raise ArtifactError(f"{path} cannot be loaded: {error}") from error
     finally:
         checked.cancel()
+
+
+def _say_nothing(what: str, done: int, total: int) -> None:
+    pass

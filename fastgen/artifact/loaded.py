@@ -147,7 +147,7 @@ class LoadedModel(nn.Module):
         config = copy.copy(self.generation_config)
         vars(config).update(fields)
         if fields.get("max_length") is not None and fields.get("max_new_tokens") is None:
-            config.max_new_tokens = None  # the call's own limit, and not the configuration's
+            vars(config)["max_new_tokens"] = None  # the call's own limit counts
         return config
 
 

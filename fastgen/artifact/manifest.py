@@ -11,13 +11,16 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import ArtifactError
+
+# Told what is being done, and how much of how much.
+Progress = Callable[[str, int, int], None]
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -145,7 +148,7 @@ def file_entry(path: Path) -> FileEntry:
         return FileEntry(size, tuple(pool.map(lambda part: _hash(path, part), _parts(size))))
 
 
-def _parts(size: int) -> Iterable[int]:
+def _parts(size: int) -> range:
     return range(-(-size // PART_BYTES))
 
 
@@ -217,8 +220,13 @@ class CheckedFolder:
             )
         return self.path / name
 
-    def wait_all(self) -> None:
+    def wait_all(self, progress: Progress | None = None) -> None:
         """Compare every file. Raises: ArtifactError."""
+        parts = [part for each in self._hashes.values() for part in each]
+        for done, part in enumerate(parts):
+            if progress is not None:
+                progress("files compared", done, len(parts))
+            part.result()
         for name in self._hashes:
             self.wait(name)
 

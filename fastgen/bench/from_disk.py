@@ -1,7 +1,6 @@
 """Start-up from files, in fresh processes: what a service waits for until its first token.
 
-`python -m fastgen.bench.from_disk WHAT FOLDER DTYPE THREADS` measures one start; torch is imported
-before the clock starts, and the files are in the system's cache.
+torch is imported before the clock starts, and the files are in the system's cache.
 """
 
 from __future__ import annotations
@@ -25,6 +24,11 @@ READING = "reading the weights"
 ARTIFACT = "fastgen, artifact"
 TRANSFORMERS = "transformers, from disk"
 COLD, WARM = "fastgen, from disk, cold", "fastgen, from disk, warm"
+_CHILD = """
+import json, sys
+from fastgen.bench import from_disk
+print(json.dumps(from_disk.measure_here(*sys.argv[1:])))
+"""
 STARTS = (ARTIFACT, WARM, COLD, TRANSFORMERS, READING)
 
 
@@ -43,14 +47,20 @@ def folders(model: Any) -> Iterator[tuple[Path, Path]]:
 def measure(what: str, checkpoint: Path, artifact: Path, dtype: str, threads: int) -> Startup:
     """One start in a fresh process. Raises: ValueError with its own words if it fails."""
     folder = artifact if what in (ARTIFACT, READING) else checkpoint
-    command = [sys.executable, "-m", "fastgen.bench.from_disk", what, folder, dtype, threads]
+    command = [sys.executable, "-c", _CHILD, what, folder, dtype, threads]
     child = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     if child.returncode:
         raise ValueError(f"the start-up of {what!r} failed: {child.stderr.strip()}")
     return Startup(**json.loads(child.stdout.splitlines()[-1]))
 
 
-def _measure_here(what: str, folder: Path, dtype: str) -> Startup:
+def measure_here(what: str, folder: str, dtype: str, threads: str) -> dict[str, Any]:
+    """Run in the fresh process, whose arguments these are."""
+    torch.set_num_threads(int(threads))
+    return asdict(_start(what, Path(folder), dtype))
+
+
+def _start(what: str, folder: Path, dtype: str) -> Startup:
     start = time.perf_counter()
     if what == READING:
         _read(folder)
@@ -81,10 +91,10 @@ def _measure_here(what: str, folder: Path, dtype: str) -> Startup:
 def _read(folder: Path) -> None:
     """The bytes of all weights into new memory."""
     for path in folder.glob("*.safetensors"):
-        buffer = torch.empty(path.stat().st_size, dtype=torch.uint8).numpy()
+        buffer = torch.empty(path.stat().st_size, dtype=torch.uint8).numpy().data
         with open(path, "rb", buffering=0) as file:
             done = 0
-            while count := file.readinto(memoryview(buffer)[done:]):
+            while count := file.readinto(buffer[done:]):
                 done += count
 
 
@@ -100,8 +110,3 @@ def _from_pretrained(folder: Path, dtype: str) -> Any:
 
     disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(int(sys.argv[4]))
-    print(json.dumps(asdict(_measure_here(sys.argv[1], Path(sys.argv[2]), sys.argv[3]))))

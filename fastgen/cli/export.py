@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-from ..artifact.export import Progress, export
+from ..artifact.export import export
 from ..artifact.program import DEFAULT, PROGRAMS
 from .models import add_model_arguments, load_model
+from .progress import shown_progress
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -38,33 +36,3 @@ def run(arguments: argparse.Namespace) -> int:
         )
     print(report)
     return 0
-
-
-@contextlib.contextmanager
-def shown_progress() -> Iterator[Progress]:
-    """What is being done, on stderr: as a bar (needs rich), or a line each if it is no terminal."""
-    if not sys.stderr.isatty():
-        said: set[str] = set()
-
-        def say(what: str, done: int, total: int) -> None:
-            if what not in said:
-                print(f"{what} ...", file=sys.stderr)
-            said.add(what)
-
-        yield say
-        return
-    from rich.console import Console
-    from rich.progress import Progress as Bars
-
-    with Bars(console=Console(stderr=True), transient=True) as bars:
-        tasks = {}
-
-        def show(what: str, done: int, total: int) -> None:
-            for other, task in tasks.items():
-                if other != what:  # what came before has ended
-                    bars.update(task, total=1, completed=1)
-            if what not in tasks:
-                tasks[what] = bars.add_task(what)
-            bars.update(tasks[what], total=total if done else None, completed=done)
-
-        yield show

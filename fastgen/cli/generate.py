@@ -16,6 +16,7 @@ from .. import Engine, RequestOutput, SamplingParams, load
 from ..errors import RequestFailedError
 from ..outputs import RequestMetrics
 from .models import add_model_arguments, load_model
+from .progress import shown_progress
 from .watch import watch
 
 
@@ -92,7 +93,8 @@ def _model(arguments: argparse.Namespace) -> tuple[Any, Any]:
         return load_model(arguments.model, arguments.dtype, arguments.device)
     if arguments.dtype is not None or arguments.device != "cpu":
         raise ValueError("an artifact has the dtype and the device that it was exported with")
-    model = load(arguments.artifact)
+    with shown_progress() as progress:
+        model = load(arguments.artifact, progress=progress)
     return model, model.tokenizer
 
 

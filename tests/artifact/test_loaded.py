@@ -199,6 +199,23 @@ def test_new_values_are_followed(llama_folder):
     assert fastgen.explain(loaded).weight_epoch == 2
 
 
+def test_new_values_of_packed_weights_are_followed(tmp_path):
+    def model(seed: int):
+        return tiny_model("llama", seed=seed, dtype=torch.bfloat16)
+
+    fastgen.export(model(0), tmp_path / "out")
+    loaded, ids = fastgen.load(tmp_path / "out"), torch.tensor(prompts(9))
+    first = loaded.generate(ids, max_new_tokens=12)
+    assert torch.equal(first, fastgen.optimize(model(0)).generate(ids, max_new_tokens=12))
+    loaded.load_state_dict(model(1).state_dict())
+    second = loaded.generate(ids, max_new_tokens=12)
+    assert torch.equal(second, fastgen.optimize(model(1)).generate(ids, max_new_tokens=12))
+    assert not torch.equal(first, second)
+    with torch.no_grad():  # of one member of what is packed together
+        loaded.get_parameter("model.layers.0.self_attn.v_proj.weight").neg_()
+    assert not torch.equal(loaded.generate(ids, max_new_tokens=12), second)
+
+
 def test_another_dtype_is_refused(llama_folder):
     loaded = fastgen.load(llama_folder)
     ids = torch.tensor(prompts(9))

@@ -52,6 +52,7 @@ print(json.dumps({
     "tokens": tokens.tolist(),
     "transformers": sorted(name for name in sys.modules if name.split(".")[0] == "transformers"),
     "capture": [name for name in sys.modules if name.startswith("fastgen.capture")],
+    "compiler": "torch._dynamo" in sys.modules,
     "explained": str(fastgen.explain(model)),
     "steps": model.metrics().engine_steps,
 }))
@@ -65,6 +66,7 @@ def test_a_process_without_the_models_code(llama_folder, tmp_path):
     assert said["tokens"] == expected.tolist()
     assert said["transformers"] == []
     assert said["capture"] == []
+    assert not said["compiler"]
     assert said["steps"] == 12
     assert f"graph         from {llama_folder}" in said["explained"]
 

@@ -10,7 +10,7 @@ import torch
 from tiny_models import tiny_model
 
 import fastgen
-from fastgen.bench import engines, machine, startup
+from fastgen.bench import engines, from_disk, machine, startup
 from fastgen.bench.parity import check_parity
 from fastgen.bench.plot import plot_bars
 from fastgen.bench.workloads import Workload, make_workload
@@ -106,6 +106,24 @@ def test_startup_runs_in_fresh_processes():
     assert [row["engine"] for row in rows] == ["fastgen", "transformers"]
     assert rows[0]["prepare_s"] > 0.01 > rows[1]["prepare_s"]
     assert all(row["total_s"] == row["prepare_s"] + row["first_token_s"] for row in rows)
+
+
+@pytest.mark.slow
+def test_startup_from_disk():
+    arguments = ["--model", "demo", "--workload", "startup", "--rounds", "1", "--json"]
+    result = subprocess.run(
+        [sys.executable, "-m", "fastgen.cli.main", "bench", *arguments, "--from-disk"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    rows = {row["engine"]: row for row in json.loads(result.stdout)["engines"]}
+    assert list(rows) == ["fastgen", "transformers", *from_disk.STARTS]
+    assert all(row["load_s"] > 0 for name, row in rows.items() if name in from_disk.STARTS)
+    assert "graph read" in rows[from_disk.ARTIFACT]["parts"]
+    assert "graph from cache" in rows[from_disk.WARM]["parts"]
+    assert "capture" in rows[from_disk.COLD]["parts"]
 
 
 def test_a_child_that_fails_is_told():
