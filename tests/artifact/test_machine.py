@@ -95,6 +95,15 @@ def test_too_little_memory(packed_folder, release, monkeypatch):
     assert asked == [torch.device("cpu")]
 
 
+def test_memory_for_packed_weights_and_nothing_else(packed_folder, monkeypatch):
+    packed = read_manifest(packed_folder).packed_bytes
+    monkeypatch.setattr(assemble, "free_memory_bytes", lambda device: packed)
+    with pytest.raises(ArtifactError, match="as they are merged and packed"):
+        fastgen.load(packed_folder)
+    monkeypatch.setattr(assemble, "free_memory_bytes", lambda device: packed + (1 << 20))
+    fastgen.load(packed_folder)
+
+
 def test_what_memory_is_needed(packed_folder, llama_folder):
     """Packed copies, merged weights that are read as such, and the largest while it is packed."""
     packed, plain = fastgen.load(packed_folder), fastgen.load(llama_folder)

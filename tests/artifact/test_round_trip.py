@@ -120,6 +120,36 @@ def test_the_demo_model_with_text(tmp_path):
     assert vars(loaded.generation_config)["eos_token_id"] == model.generation_config.eos_token_id
 
 
+WITH_TEXT = """
+import json, sys
+import fastgen
+model = fastgen.load(sys.argv[1])
+with fastgen.Engine(model, model.tokenizer) as engine:
+    text = engine.generate(["def main("], fastgen.SamplingParams(max_tokens=5))[0].text
+models = [name for name in sys.modules if name.startswith("transformers.models.")]
+print(json.dumps({
+    "text": text,
+    "code": [name for name in models if ".modeling_" in name and ".auto." not in name],
+    "base": "transformers.modeling_utils" in sys.modules,
+}))
+"""
+
+
+@pytest.mark.slow
+def test_text_needs_a_tokenizer_and_no_model_code(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    demo = ROOT / "examples/demo_model"
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(demo),
+        AutoTokenizer.from_pretrained(demo),
+    )
+    fastgen.export(model, tmp_path / "out", tokenizer=tokenizer)
+    said = in_fresh_process(WITH_TEXT, tmp_path / "out", cwd=tmp_path)
+    assert said["text"]
+    assert (said["code"], said["base"]) == ([], False)
+
+
 def test_a_model_that_was_trained_after_optimize(graphs_of_the_session, tmp_path):
     model = fastgen.optimize(tiny_model("llama"))
     before = model.generate(torch.tensor(prompts(9)), max_new_tokens=12, do_sample=False)
@@ -135,6 +165,17 @@ def test_a_model_that_was_trained_after_optimize(graphs_of_the_session, tmp_path
     assert answers(loaded, rows) == expected
     after = loaded.generate(torch.tensor(prompts(9)), max_new_tokens=12)
     assert not torch.equal(before, after)
+
+
+def test_a_model_that_was_changed_after_optimize(graphs_of_the_session, tmp_path):
+    def changed(model):
+        for layer in model.model.layers:
+            layer.input_layernorm.variance_epsilon = 0.5
+        return model
+
+    rows, expected = greedy_alone(changed(tiny_model("llama")), *LENGTHS, num_tokens=24)
+    fastgen.export(changed(fastgen.optimize(tiny_model("llama"))), tmp_path / "out")
+    assert answers(fastgen.load(tmp_path / "out"), rows) == expected
 
 
 def adapted():
