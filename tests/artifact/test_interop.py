@@ -93,10 +93,16 @@ def test_bf16(family, tmp_path):
         assert (got - true).abs().max() <= allowed
 
 
-def test_weights_keep_their_names_and_nothing_is_pickled(tmp_path):
-    case = rewritten("llama", passes_off=PASSES_OFF)
-    export_graph(case.graph, case.forward.weights, tmp_path / "model.pt2")
-    program = torch.export.load(tmp_path / "model.pt2")
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A rewritten model, and its program as torch.export loads it."""
+    case, path = rewritten("llama", passes_off=PASSES_OFF), tmp_path_factory.mktemp("graph")
+    export_graph(case.graph, case.forward.weights, path / "model.pt2")
+    return case, torch.export.load(path / "model.pt2")
+
+
+def test_weights_keep_their_names_and_nothing_is_pickled(llama):
+    case, program = llama
     expected = dict(case.model.named_parameters())
     assert {name for name, _ in program.named_parameters()} == set(expected)
     assert all(torch.equal(program.state_dict[name], tensor) for name, tensor in expected.items())
@@ -104,10 +110,8 @@ def test_weights_keep_their_names_and_nothing_is_pickled(tmp_path):
     assert program.example_inputs is None
 
 
-def test_sizes_that_do_not_fit_each_other_are_refused(tmp_path):
-    case = rewritten("llama", passes_off=PASSES_OFF)
-    export_graph(case.graph, case.forward.weights, tmp_path / "model.pt2")
-    step = torch.export.load(tmp_path / "model.pt2").module()
+def test_sizes_that_do_not_fit_each_other_are_refused(llama):
+    case, step = llama[0], llama[1].module()
     names = list(case.graph.inputs)
 
     def run(*arguments):
@@ -123,8 +127,8 @@ def test_sizes_that_do_not_fit_each_other_are_refused(tmp_path):
             run(*arguments[:index], arguments[index][1:], *arguments[index + 1 :])
 
 
-def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
-    case = rewritten("llama", passes_off=PASSES_OFF)
+def test_what_cannot_be_exported_is_refused(llama, tmp_path, monkeypatch):
+    case = llama[0]
     monkeypatch.setattr("fastgen.artifact.interop.aten_body", lambda op: None)
     with pytest.raises(fastgen.UnsupportedModelError, match=r"fastgen::\w+, which is no op"):
         export_graph(case.graph, case.forward.weights, tmp_path / "model.pt2")
