@@ -32,6 +32,17 @@ class CacheTensors(Protocol):
     tensors: Mapping[str, torch.Tensor]
 
 
+class CompiledProgram(Protocol):
+    """A graph that was compiled before: it takes what the graph takes and gives what it gives.
+
+    forget: Let go of the tensors of the last call.
+    """
+
+    def __call__(self, *tensors: torch.Tensor) -> Any: ...
+
+    def forget(self) -> None: ...
+
+
 class ForwardOutput(NamedTuple):
     """What a step gives.
 
@@ -49,8 +60,8 @@ class CompiledForward:
 
     codegen: "direct", the graph's own Python calling the chosen kernels, where runs of C++ kernels
     are programs, each entered once (native_code.py); "inductor", code that Inductor wrote around
-    the same kernels (inductor.py); "auto" is "direct". lowered: The graph before that, a node per
-    kernel.
+    the same kernels (inductor.py); "auto" is "direct". program: What runs the graph instead: it was
+    compiled from it before. lowered: The graph before that, a node per kernel.
 
     variant: What it takes and gives besides tokens and logits. embeds_like: Tells dtype and
     hidden_size of the embeddings that it takes, or None.
@@ -59,7 +70,13 @@ class CompiledForward:
     graph's in this process; binding is another number after the weights moved.
     """
 
-    def __init__(self, graph: CapturedGraph, report: Report, codegen: str = "auto") -> None:
+    def __init__(
+        self,
+        graph: CapturedGraph,
+        report: Report,
+        codegen: str = "auto",
+        program: CompiledProgram | None = None,
+    ) -> None:
         self.graph_id = next(_graph_ids)
         self.variant: Variant = graph.variant
         self.spec: CacheSpec = cache_spec(graph)
@@ -74,8 +91,11 @@ class CompiledForward:
         report.kernels = choose_kernels(lowered)
         self._is_deterministic = graph.deterministic
         self._lowered = lowered
-        self._programs: list[Program] = []
-        if codegen == "inductor":
+        self._programs: list[Program | CompiledProgram] = []
+        if program is not None:
+            self._forward, self._programs = program, [program]
+            report.facts |= {"codegen": "aot", "programs": [], "not_in_programs": {}}
+        elif codegen == "inductor":
             self._forward = compile_with_inductor(lowered)
             report.facts |= {"codegen": "inductor", "programs": [], "not_in_programs": {}}
         else:
@@ -96,12 +116,12 @@ class CompiledForward:
     def _generate_directly(self) -> None:
         """Have the graph's own Python call the kernels that were chosen."""
         running = self._lowered.copy()
-        self._programs, left = compile_programs(running.graph)
+        recorded, left = compile_programs(running.graph)
+        self._programs = [*recorded]
         running.module.recompile()
         self._forward: Callable[..., Any] = running.module.forward
-        facts = self.report.facts
-        facts["codegen"], facts["not_in_programs"] = "direct", left
-        facts["programs"] = [program.num_calls for program in self._programs]
+        programs = [program.num_calls for program in recorded]
+        self.report.facts |= {"codegen": "direct", "programs": programs, "not_in_programs": left}
 
     @property
     def lowered(self) -> torch.fx.GraphModule:

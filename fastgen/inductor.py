@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -23,7 +24,7 @@ from .passes import CapturedGraph
 
 # Said here lest a user's settings say otherwise. freezing would bake weights in, CUDA graphs of
 # Inductor's would copy the inputs, and size_asserts are what finds a weight that lies differently.
-_OPTIONS = {"freezing": False, "triton.cudagraphs": False, "size_asserts": True}
+OPTIONS = {"freezing": False, "triton.cudagraphs": False, "size_asserts": True}
 
 
 @torch.inference_mode(False)  # what is compiled in it fails outside
@@ -33,29 +34,39 @@ def compile_with_inductor(lowered: CapturedGraph) -> Callable[..., torch.Tensor]
 
     Raises: UnsupportedModelError if the graph cannot be compiled, or not on this machine.
     """
-    layouts = {spec.layout for spec in lowered.inputs.values()}
-    if "onednn" in layouts:
-        raise UnsupportedModelError(
-            'codegen="inductor" needs weights that are plain memory, and some are packed in '
-            'oneDNN\'s layout here; use codegen="direct" or pack=False'
-        )
-    examples = _examples(lowered)
-    running = lowered.copy()
-    for node in running.graph.nodes:
-        if (kernel := node.meta.get("kernel")) is not None:
-            node.target = _opaque(kernel)
-        node.meta = {}  # of another trace, with other symbols
-    running.module.recompile()
+    module, examples = opaque_module(lowered)
     try:
         import torch._inductor as inductor  # 1 s, for those who use it
 
-        return inductor.compile(running.module, examples, options=dict(_OPTIONS))  # pyright: ignore
+        return inductor.compile(module, examples, options=dict(OPTIONS))  # pyright: ignore
     except Exception as error:
         lines = str(error).strip().splitlines()
         raise UnsupportedModelError(
             f"torch's Inductor cannot compile the graph ({type(error).__name__}: "
             f'{lines[0] if lines else ""}); use codegen="direct"'
         ) from error
+
+
+def opaque_module(lowered: CapturedGraph) -> tuple[fx.GraphModule, list[torch.Tensor]]:
+    """The graph with each chosen kernel as one op, and a fake tensor for each input.
+
+    Raises: UnsupportedModelError for weights whose memory torch does not know.
+    """
+    layouts = {spec.layout for spec in lowered.inputs.values()}
+    if "onednn" in layouts:
+        raise UnsupportedModelError(
+            "torch's Inductor needs weights that are plain memory, and some are packed in "
+            'oneDNN\'s layout here; use codegen="direct" or pack=False'
+        )
+    examples = _examples(lowered)
+    running = lowered.copy()
+    for node in running.graph.nodes:
+        kernel = node.meta.get("kernel")
+        if kernel is not None and node.target is kernel.function:
+            node.target = opaque(kernel)
+        node.meta = {}  # of another trace, with other symbols
+    running.module.recompile()
+    return running.module, examples
 
 
 def _examples(graph: CapturedGraph) -> list[torch.Tensor]:
@@ -94,12 +105,12 @@ def _examples(graph: CapturedGraph) -> list[torch.Tensor]:
 
 
 @functools.cache
-def _opaque(kernel: Implementation) -> Callable[..., Any]:
+def opaque(kernel: Implementation) -> Callable[..., Any]:
     """The kernel as an op, `fastgen_<implementation>::<op>`, with its op's schema and fake."""
     name = kernel.op.split("::")[1]
     op = getattr(torch.ops.fastgen, name).default
     namespace = f"fastgen_{kernel.name}"
-    library = _library(namespace)
+    library = library_of_ops(namespace)
     library.define(
         str(op._schema).split("::")[1],
         tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
@@ -110,6 +121,6 @@ def _opaque(kernel: Implementation) -> Callable[..., Any]:
 
 
 @functools.cache
-def _library(namespace: str) -> torch.library.Library:
+def library_of_ops(namespace: str) -> torch.library.Library:
     """Kept for good: its ops go with it."""
     return torch.library.Library(namespace, "FRAGMENT")

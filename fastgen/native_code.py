@@ -9,6 +9,7 @@ a layout it would have to copy stays a call of its own, and ends the run.
 from __future__ import annotations
 
 import operator
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,8 +35,12 @@ class _Run:
     last: fx.Node | None = None
 
 
-def compile_programs(graph: fx.Graph) -> tuple[list[Program], dict[str, int]]:
+def compile_programs(
+    graph: fx.Graph, fewest: int = _FEWEST_CALLS, most: int = sys.maxsize
+) -> tuple[list[Program], dict[str, int]]:
     """Replace runs of kernel calls by programs, in place.
+
+    fewest, most: Calls that a program must have, and may have.
 
     Returns: the programs, and how many recordable calls are in none of them, by kernel and reason.
     """
@@ -43,15 +48,16 @@ def compile_programs(graph: fx.Graph) -> tuple[list[Program], dict[str, int]]:
     left: Counter[str] = Counter()
     run = _Run()
     for node in list(graph.nodes):
-        if node.op == "output":
-            _close(graph, run, programs, left)
+        if node.op == "output" or len(run.recorder.calls) >= most:
+            _close(graph, run, programs, left, fewest)
+            run = _Run()
         if node.op != "call_function" or node in run.values or _record(run, node) is None:
             continue
         # What it reads may be made by the run, or be written by it: nothing says which are.
         if _writes(node) or any(
             read in run.values or read in run.externals for read in node.all_input_nodes
         ):
-            _close(graph, run, programs, left)
+            _close(graph, run, programs, left, fewest)
             run = _Run()
             why = _record(run, node)
             if why is not None and _is_recordable(node):
@@ -128,7 +134,9 @@ def _writes(node: fx.Node) -> bool:
     return node.target not in views if schema is None else schema.is_mutable
 
 
-def _close(graph: fx.Graph, run: _Run, programs: list[Program], left: Counter[str]) -> None:
+def _close(
+    graph: fx.Graph, run: _Run, programs: list[Program], left: Counter[str], fewest: int
+) -> None:
     """Put the program of a run after its last node, and let others read its results."""
     escaping = [
         node
@@ -137,8 +145,8 @@ def _close(graph: fx.Graph, run: _Run, programs: list[Program], left: Counter[st
         and isinstance(run.values[node], Value)
     ]
     try:
-        if len(run.recorder.calls) < _FEWEST_CALLS or run.last is None:
-            raise NotRecordableError(f"fewer than {_FEWEST_CALLS} kernels follow each other")
+        if len(run.recorder.calls) < fewest or run.last is None:
+            raise NotRecordableError(f"fewer than {fewest} kernels follow each other")
         program = Program(run.recorder, [run.values[node] for node in escaping])
     except NotRecordableError as error:
         left.update(f"{_name(node)}: {error}" for node in run.values if _is_recordable(node))

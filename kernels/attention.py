@@ -64,9 +64,9 @@ def attend_reference(
             scores = softcap * torch.tanh(scores / softcap)
         positions = torch.arange(num_rows, device=query.device) + (num_keys - num_queries + start)
         if alibi_slopes is not None:
-            bias = _alibi(alibi_slopes, positions, key_positions)
+            bias = alibi_bias(alibi_slopes, positions, key_positions)
             scores = scores + bias.view(num_kv_heads, group, num_rows, num_keys)
-        visible = _visible(positions, key_positions, window, chunk)
+        visible = visible_keys(positions, key_positions, window, chunk)
         scores = scores.masked_fill(~visible, float("-inf"))
         if sinks is not None:
             sink = sinks.float().view(num_kv_heads, group, 1, 1).expand(-1, -1, num_rows, 1)
@@ -77,7 +77,7 @@ def attend_reference(
     return output
 
 
-def _visible(
+def visible_keys(
     positions: torch.Tensor, key_positions: torch.Tensor, window: int, chunk: int
 ) -> torch.Tensor:
     """[num_queries, num_keys] bool: which keys the queries at these positions see."""
@@ -90,7 +90,7 @@ def _visible(
     return visible
 
 
-def _alibi(
+def alibi_bias(
     slopes: torch.Tensor, positions: torch.Tensor, key_positions: torch.Tensor
 ) -> torch.Tensor:
     """[num_heads, num_queries, num_keys] fp32: what distance adds to the scores."""
@@ -114,7 +114,7 @@ def attend_sdpa(
     if num_queries != num_keys or window or chunk:
         positions = torch.arange(num_queries, device=query.device) + (num_keys - num_queries)
         key_positions = torch.arange(num_keys, device=query.device)
-        mask = _visible(positions, key_positions, window, chunk)
+        mask = visible_keys(positions, key_positions, window, chunk)
     output = F.scaled_dot_product_attention(
         query.transpose(0, 1).unsqueeze(0),
         key.transpose(0, 1).unsqueeze(0),
@@ -138,8 +138,10 @@ def _attend_sdpa_alibi(query, key, value, scale, window, chunk, alibi_slopes):
         rows = query[start : start + tile]
         positions = torch.arange(rows.shape[0], device=query.device)
         positions += num_keys - num_queries + start
-        hidden = ~_visible(positions, key_positions, window, chunk)
-        bias = _alibi(alibi_slopes, positions, key_positions).masked_fill_(hidden, float("-inf"))
+        hidden = ~visible_keys(positions, key_positions, window, chunk)
+        bias = alibi_bias(alibi_slopes, positions, key_positions).masked_fill_(
+            hidden, float("-inf")
+        )
         output[start : start + tile] = F.scaled_dot_product_attention(
             rows.transpose(0, 1).unsqueeze(0),
             key.transpose(0, 1).unsqueeze(0),

@@ -98,3 +98,26 @@ def pair(request):
 def poison(model) -> None:
     """From now on, whoever reads a freed block of this model's cache sees NaN."""
     fastgen.api.require(model).engine().poison_freed_blocks = True
+
+
+# Exports that several tests read and none changes.
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory):
+    """A tiny fp32 llama, exported; tests that change it take `folder`."""
+    path = tmp_path_factory.mktemp("export") / "llama"
+    fastgen.export(tiny_model("llama"), path)
+    return path
+
+
+@pytest.fixture
+def folder(llama_folder, tmp_path):
+    """A copy of it that a test may damage."""
+    return shutil.copytree(llama_folder, tmp_path / "folder")
+
+
+@pytest.fixture(scope="module")
+def loaded(llama_folder):
+    """It, loaded, for tests that change nothing."""
+    return fastgen.load(llama_folder)

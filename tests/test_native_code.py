@@ -221,7 +221,7 @@ def graph_of(build) -> fx.Graph:
     return graph
 
 
-def compiled_by_hand(build) -> tuple[list[Program], dict[str, int], list]:
+def compiled_by_hand(build, **limits) -> tuple[list[Program], dict[str, int], list]:
     """Programs of a graph, whose results must be what they were; and the functions it calls."""
     graph = graph_of(build)
     x = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
@@ -229,7 +229,7 @@ def compiled_by_hand(build) -> tuple[list[Program], dict[str, int], list]:
     plain = fx.GraphModule({}, graph)
     given = [tensor.clone() for tensor in (x, weight)]
     expected = plain(*given)
-    programs, left = compile_programs(graph)
+    programs, left = compile_programs(graph, **limits)
     graph.lint()
     mine = [x, weight]
     found = fx.GraphModule({}, graph)(*mine)
@@ -258,6 +258,14 @@ def test_short_runs_stay():
     programs, left, _ = compiled_by_hand(lambda call, x, weight: (norms(call, x, 3),))
     assert programs == []
     assert left == {"rms_norm_cpu: fewer than 4 kernels follow each other": 3}
+
+
+def test_programs_have_as_many_calls_as_they_may():
+    programs, left, _ = compiled_by_hand(
+        lambda call, x, weight: (norms(call, x, 3), norms(call, x, 2)), fewest=1, most=2
+    )
+    assert [program.num_calls for program in programs] == [2, 2, 1]
+    assert left == {}
 
 
 def test_what_does_not_depend_on_a_run_comes_before_it():

@@ -139,11 +139,11 @@ def _graphs(checked: CheckedFolder, config: Config, start: dict[str, float]) -> 
             f"its program is of kind {manifest.program!r}, and this fastgen runs "
             f"{', '.join(PROGRAMS)}"
         )
-    device, direct = torch.device(manifest.device), manifest.program == "direct"
+    device = torch.device(manifest.device)
     with timed(start, "graph read"):
         # Compilers, graphs of CUDA and what is deterministic look at values as torch traces them.
         plain = config.codegen != "inductor" and not config.deterministic and device.type == "cpu"
-        graph, report = read_graph(checked.wait(GRAPH), device, not (plain and direct))
+        graph, report = read_graph(checked.wait(GRAPH), device, not plain)
     if device.type == "cpu":
         with timed(start, "kernels loaded"):
             why_missing()

@@ -28,7 +28,7 @@ from .program import DEFAULT, PROGRAMS, write_graph
 from .weights import BUFFERS, entry_of, weights_of, write_tensors, write_weights
 
 EXPLANATION = "explain.json"
-FORMATS = ("artifact",)
+FORMATS = ("artifact", "graph")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,10 @@ def export(
     Args:
         model: A transformers causal LM, optimised or not, a PEFT model around one, or a loaded one.
         path: A folder that does not exist yet, or is empty.
-        program: How it will run: "direct", by this package's kernels, chosen when it is loaded.
+        format: "artifact", this folder; or "graph", one file `*.pt2` for `torch.export.load`, with
+            nothing of fastgen's in it and nothing compiled, for other compilers (interop.py).
+        program: How it will run: "direct", by this package's kernels, chosen when it is loaded; or
+            "aot", compiled now by AOTInductor, for this version of torch and processors like this.
         tokenizer: Exported too, so that text can be given to the loaded model.
         progress: Told what is being done, and how much of how much.
     Returns: sizes and times; print it.
@@ -79,9 +82,13 @@ def export(
     if program not in PROGRAMS:
         raise ArtifactError(f"program must be one of {', '.join(PROGRAMS)}, got {program!r}")
     target, tell = Path(path), progress or (lambda *_: None)
+    if format == "graph" and (target.suffix != ".pt2" or target.exists()):
+        raise ArtifactError(f"{target} must be a new file *.pt2 for format='graph'")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ArtifactError(f"{target} must be new or an empty folder; remove it or choose another")
     target.parent.mkdir(parents=True, exist_ok=True)
+    if format == "graph":
+        return _export_graph(model, target, tell)
     seconds: dict[str, float] = {}
     tell("graph", 0, 1)
     with timed(seconds, "graph"):
@@ -96,6 +103,29 @@ def export(
         raise
     sizes = {name: entry.bytes for name, entry in manifest.files.items()}
     return ExportReport(target, {**sizes, MANIFEST: (target / MANIFEST).stat().st_size}, seconds)
+
+
+def _export_graph(model: Any, target: Path, tell: Progress) -> ExportReport:
+    if (why := wrapper_refusal(model)) is not None:
+        raise UnsupportedModelError(f"{why}, which no graph can do")
+    inner, optimized = unwrap(model), lookup(model)
+    if isinstance(inner, LoadedModel):
+        raise ArtifactError("format='graph' is made of a model's own code; export the live model")
+    if optimized is not None and optimized.weights.released:
+        raise ArtifactError(
+            "format='graph' needs the weights that were released; fastgen.restore the model first"
+        )
+    from .interop import export_graph, graph_and_weights
+
+    seconds: dict[str, float] = {}
+    passes_off = () if optimized is None else optimized.config.passes_off
+    tell("graph", 0, 1)
+    with timed(seconds, "graph"):
+        graph, weights = graph_and_weights(inner, passes_off)
+    tell("program", 0, 1)
+    with timed(seconds, "program"):
+        export_graph(graph, weights, target)
+    return ExportReport(target, {target.name: target.stat().st_size}, seconds)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from ..graph_json import NotCacheableError, graph_from, written
 from ..passes import CapturedGraph, Report
 
 GRAPH = "graph.json"
+COMPILED = "model.pt2"
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,25 @@ def _run_directly(
     return CompiledForward(graph, report, codegen)
 
 
+def _compile(folder: Path, graph: CapturedGraph) -> None:
+    from .aot_compiler import compile_aot  # with torch's compiler
+
+    compile_aot(graph, folder / COMPILED)
+
+
+def _run_compiled(
+    folder: Path, graph: CapturedGraph, report: Report, codegen: str
+) -> CompiledForward:
+    from .aot import load_aot
+
+    program = load_aot(folder / COMPILED, graph.output_value().device)
+    program.check_inputs(graph)
+    return CompiledForward(graph, report, program=program)
+
+
 PROGRAMS: dict[str, ProgramKind] = {
     "direct": ProgramKind((), _write_nothing, _run_directly),
+    "aot": ProgramKind((COMPILED,), _compile, _run_compiled),
 }
 DEFAULT = "direct"
 # Whose ops are there without another package.

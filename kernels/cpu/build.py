@@ -145,6 +145,19 @@ def _run(command: list[str]) -> None:
         raise MissingLibraryError(f"the C++ kernels do not compile here: {words[0]}")
 
 
+# How the flags of /proc/cpuinfo begin that name instructions; the others name faults and features
+# of the system.
+_INSTRUCTIONS = ("avx", "amx", "sse", "ssse", "fma", "f16c", "bmi", "adx", "abm", "popcnt", "movbe")
+_INSTRUCTIONS += ("aes", "vaes", "sha", "gfni", "pclmul", "vpclmul", "sve", "asimd")
+
+
+def instruction_sets() -> frozenset[str]:
+    """What this processor has of what a compiler may use; the machine's name if nothing says so."""
+    _, colon, flags = _processor().partition(":")
+    found = frozenset(flag for flag in flags.split() if flag.startswith(_INSTRUCTIONS))
+    return found if colon and found else frozenset({platform.machine()})
+
+
 def _processor() -> str:
     """What the compiler may use of this processor: machine code for it runs on no other."""
     try:

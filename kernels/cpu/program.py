@@ -281,6 +281,25 @@ def _contiguous(shape: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(strides[: len(shape)])
 
 
+@dataclass(frozen=True)
+class Tables:
+    """A program as data: calls of kernels, and where each of their arguments comes from.
+
+    names, first_words: For each call its function, and its first word. words: constant, factor,
+    scalar, address. Addresses: nothing, the workspace, externals, made. workspace: Its bytes as
+    constant, scalar, factor. made: Memories that results lie in.
+    """
+
+    names: tuple[str, ...]
+    first_words: tuple[int, ...]
+    words: tuple[tuple[int, int, int, int], ...]
+    sources: tuple[Source, ...]
+    externals: tuple[Value, ...]
+    workspace: tuple[int, int, int]
+    made: tuple[Memory, ...]
+    results: tuple[Value, ...]
+
+
 @dataclass
 class _Slot:
     num_bytes: int | Number
@@ -351,7 +370,8 @@ class Program:
                 factors[size.scalar] = factors.get(size.scalar, 0) + _aligned(size.factor)
         if len(factors) > 1:
             raise NotRecordableError("results whose sizes follow different numbers")
-        self._workspace_size = constant, *next(iter(factors.items()), (0, 0))
+        scalar, factor = next(iter(factors.items()), (0, 0))
+        self._workspace_size = constant, scalar, factor
         self._start = {memory: starts[id(slot)] for memory, slot in place.items()}
 
     def _encode(self) -> None:
@@ -390,6 +410,20 @@ class Program:
                 return struct.unpack("q", struct.pack("d", value))[0], 0, 0, 0
         return int(value), 0, 0, 0
 
+    def tables(self) -> Tables:
+        """What a run goes by, for who runs it without Python."""
+        columns = self._constants, self._factors, self._scalar_of, self._address_of
+        return Tables(
+            names=tuple(f"{name}_call" for name, _, _ in self._recorder.calls),
+            first_words=tuple(self._calls[1::2].tolist()),
+            words=tuple(zip(*(column.tolist() for column in columns), strict=True)),
+            sources=tuple(self._recorder.sources),
+            externals=tuple(self._recorder.externals),
+            workspace=self._workspace_size,
+            made=tuple(self._address),
+            results=tuple(self._results),
+        )
+
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run the calls on these tensors, in the order in which their memories were recorded."""
         scalars = [torch.get_num_threads()]
@@ -403,7 +437,7 @@ class Program:
         addresses[1] = self._workspace.data_ptr()
         made = {}
         for memory, address in self._address.items():
-            made[memory] = torch.empty(_evaluate(memory.num_bytes, scalars), dtype=torch.uint8)
+            made[memory] = torch.empty(evaluate(memory.num_bytes, scalars), dtype=torch.uint8)
             addresses[address] = made[memory].data_ptr()
         words = np.array(scalars, np.int64)[self._scalar_of]
         words *= self._factors
@@ -417,8 +451,8 @@ class Program:
             made[value.memory]
             .view(value.dtype)
             .as_strided(
-                [_evaluate(size, scalars) for size in value.shape],
-                [_evaluate(stride, scalars) for stride in value.strides],
+                [evaluate(size, scalars) for size in value.shape],
+                [evaluate(stride, scalars) for stride in value.strides],
                 value.offset,
             )
             for value in self._results
@@ -448,8 +482,8 @@ class Program:
 
 def _check(tensor: torch.Tensor, value: Value, scalars: Sequence[int]) -> None:
     """A tensor must be as it was recorded: the kernels trust its dtype, sizes and strides."""
-    shape = [_evaluate(size, scalars) for size in value.shape]
-    strides = [_evaluate(stride, scalars) for stride in value.strides]
+    shape = [evaluate(size, scalars) for size in value.shape]
+    strides = [evaluate(stride, scalars) for stride in value.strides]
     found, expected = (tensor.dtype, *tensor.shape), (value.dtype, *shape)
     assert found == expected, f"a tensor is {found}, not {expected}"
     for size, stride, recorded in zip(shape, tensor.stride(), strides, strict=True):
@@ -458,7 +492,7 @@ def _check(tensor: torch.Tensor, value: Value, scalars: Sequence[int]) -> None:
         )
 
 
-def _evaluate(number: int | Number, scalars: Sequence[int]) -> int:
+def evaluate(number: int | Number, scalars: Sequence[int]) -> int:
     if isinstance(number, Number):
         return number.constant + number.factor * scalars[number.scalar]
     return number
