@@ -11,6 +11,7 @@ from tiny_models import FAMILIES, QUICK_FAMILIES, prompts, tiny_model
 
 import fastgen
 from fastgen import verification
+from fastgen.fingerprint import fingerprint
 from fastgen.live import LiveWeights
 from fastgen.reference import Reference
 from fastgen.verification_report import LOGITS
@@ -367,6 +368,6 @@ def test_the_reference_shares_weights_and_leaves_the_model_alone():
     assert 0 < (other[0] - logits[0]).abs().max() < 1e-3
     tokens, scores = reference.generate(ROWS[0], 4)
     assert scores.argmax(-1).tolist() == tokens
-    assert fastgen.api.fingerprint(model) == optimized.fingerprint
+    assert fingerprint(model) == optimized.fingerprint
     assert not any(module._forward_hooks for module in reference.model.modules())
     assert optimized.ready(model).metrics().engine_steps == steps
