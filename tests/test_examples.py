@@ -80,7 +80,8 @@ def readme_commands() -> list[str]:
 
 
 # Beside the first, what tests/test_cli.py runs in much the same way.
-SLOW_COMMANDS = ("fastgen bench", "fastgen demo", "fastgen generate", "fastgen explain")
+_SLOW = ("bench", "demo", "generate", "explain", "soak")
+SLOW_COMMANDS = tuple(f"fastgen {name}" for name in _SLOW)
 
 
 @pytest.mark.parametrize(

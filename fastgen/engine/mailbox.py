@@ -18,11 +18,12 @@ class Mailbox:
     """A queue of functions for one thread, which waits here while it has nothing to do.
 
     Callers may be interrupted (Ctrl-C) between any two steps of Python and must not keep a lock
-    that the thread needs: they enter the plain lock, which either has it and lets it go or has not.
+    that the thread needs: they enter the lock itself, written in C, and not the condition. It may be
+    entered again: a garbage collection that begins meanwhile may end a stream, which posts.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._condition = threading.Condition(self._lock)
         self._messages: deque[Callable[[], Any]] = deque()
         self._closed = False
@@ -59,7 +60,7 @@ class Mailbox:
 
     def forked(self) -> None:
         """In a forked child: the thread is not here, but may have had the lock."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._condition = threading.Condition(self._lock)
         self._messages.clear()
         self._closed, self.thread = True, None

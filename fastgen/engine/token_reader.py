@@ -21,7 +21,7 @@ class News:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # entered by itself: see Mailbox
+        self._lock = threading.RLock()  # entered by itself: see Mailbox
         self._condition = threading.Condition(self._lock)
         self._listeners: tuple[Callable[[], None], ...] = ()
         self.audience = 0
