@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 from .compiled import choose_kernels
 from .passes import PASSES, CapturedGraph, InputSpec, Report, run_passes
-from .passes.graph import memory_of, written_by
+from .passes.graph import memory_of, take_over_ops, written_by
 from .passes.pipeline import Pass
 from .passes.replace_sdpa import replace_sdpa
 
@@ -270,6 +270,7 @@ def _retrace(graph_module: fx.GraphModule) -> _DynamoGraph:
     for node in module.graph.nodes:
         if node.op == "call_function" and not _is_known(node.target):
             raise _StaysError(f"{node.target} is no ATen op")
+    take_over_ops(module.graph)
     inputs = {}
     traced = [node for node in module.graph.nodes if node.op == "placeholder"]
     for node, given, value in zip(traced, placeholders, values, strict=True):

@@ -218,3 +218,10 @@ def fake_mode_of(nodes: Sequence[fx.Node]):
         if isinstance(value, torch._subclasses.FakeTensor):
             return value.fake_mode
     raise AssertionError("the graph carries no fake tensors")
+
+
+def take_over_ops(graph: fx.Graph) -> None:
+    """Ops that transformers has defined become ours: a graph must run where it is not imported."""
+    ours = {"transformers.grouped_mm_fallback.default": torch.ops.fastgen.grouped_mm.default}
+    for node in graph.nodes:
+        node.target = ours.get(str(node.target), node.target)

@@ -74,6 +74,7 @@ def test_config_defaults():
         "prefix_cache": True,
         "graph_cache": True,
         "deterministic": False,
+        "watchdog_s": 60.0,
         "gpu_memory_utilization": 0.9,
         "enforce_eager": False,
         "pack": "auto",

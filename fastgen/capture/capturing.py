@@ -13,6 +13,7 @@ from torch import fx, nn
 from ..errors import UnsupportedModelError
 from ..fingerprint import marks_gradients, places_inputs
 from ..passes import BATCH_INPUTS, EMBEDS_INPUTS, PLAIN, CapturedGraph, InputSpec, Variant
+from ..passes.graph import take_over_ops
 from ..wrappers import copy_of_modules
 from .attention import register, set_attention
 from .graph_checks import check_kept_tokens, check_layers, check_mutations, resolve_masks
@@ -170,7 +171,7 @@ def _lift(
             f"the forward changes {[spec.target for spec in outputs if spec.target]} as it runs"
         )
     module = fx.GraphModule(program.graph_module, program.graph_module.graph)
-    _take_over_ops(module.graph)
+    take_over_ops(module.graph)
     output = next(node for node in module.graph.nodes if node.op == "output")
     results: Any = output.args[0]
     output.args = (results if variant.hidden_states else results[0],)
@@ -183,13 +184,6 @@ def _lift(
         constants={name.removeprefix("model."): value for name, value in program.constants.items()},
         parameter_refusals=_parameter_refusals(model),
     )
-
-
-def _take_over_ops(graph: fx.Graph) -> None:
-    """Ops that transformers has defined become ours: a graph must run where it is not imported."""
-    ours = {"transformers.grouped_mm_fallback.default": torch.ops.fastgen.grouped_mm.default}
-    for node in graph.nodes:
-        node.target = ours.get(str(node.target), node.target)
 
 
 def _parameter_refusals(model: nn.Module) -> dict[str, str]:

@@ -18,8 +18,8 @@ class Mailbox:
     """A queue of functions for one thread, which waits here while it has nothing to do.
 
     Callers may be interrupted (Ctrl-C) between any two steps of Python and must not keep a lock
-    that the thread needs: they enter the lock itself, written in C, and not the condition. It may be
-    entered again: a garbage collection that begins meanwhile may end a stream, which posts.
+    that the thread needs: they enter the lock itself, written in C, and not the condition. It may
+    be entered again: a garbage collection that begins meanwhile may end a stream, which posts.
     """
 
     def __init__(self) -> None:

@@ -167,10 +167,14 @@ def tokens_of(logits: torch.Tensor, states: list[SamplingState]) -> list[int]:
 
 
 def empirical_distance(draw, param: SamplingParams, num_draws: int = 20_000) -> float:
-    """Total variation between draws of one generator and the reference."""
+    """Total variation between draws of a few generators, one after the other, and the reference."""
     logits = random_logits(1, 12, seed=5, scale=1.0)
-    one = state(param, 7)
-    drawn = draw(logits.expand(num_draws, -1), [one] * num_draws)
+    states, drawn = [state(param, seed) for seed in range(20)], []
+    for _ in range(num_draws // len(states)):
+        token_ids = draw(logits.expand(len(states), -1), states)
+        drawn += token_ids
+        for own, token_id in zip(states, token_ids, strict=True):
+            own.request.output_token_ids.append(token_id)
     counts = torch.bincount(torch.tensor(drawn), minlength=12).double()
     expected = reference_probabilities(logits[0], param)
     assert (counts[expected == 0] == 0).all()
