@@ -56,6 +56,7 @@ def test_explain_prints_text_and_json():
     assert data["model"] == "LlamaForCausalLM"
 
 
+@pytest.mark.slow
 def test_cache_is_shown_and_cleared(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTGEN_CACHE_DIR", str(tmp_path))
     (tmp_path / "kernels-0.so").write_bytes(b"0")

@@ -80,7 +80,7 @@ def readme_commands() -> list[str]:
 
 
 # Beside the first, what tests/test_cli.py runs in much the same way.
-_SLOW = ("bench", "demo", "generate", "explain", "soak")
+_SLOW = ("bench", "demo", "generate", "explain", "soak", "verify", "plan")
 SLOW_COMMANDS = tuple(f"fastgen {name}" for name in _SLOW)
 
 

@@ -46,7 +46,10 @@ def embeds(pair):
     return embeddings(pair[0])
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "gpt2"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "gemma2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gpt_oss", "gpt2"))],
+)
 def test_families(family):
     pair = tiny_model(family), fastgen.optimize(tiny_model(family))
     embeds = embeddings(pair[0])

@@ -107,7 +107,7 @@ print(count)
 
 @pytest.mark.parametrize(
     ("seed", "rounds"),
-    [(0, 200), *(pytest.param(seed, 4000, marks=pytest.mark.slow) for seed in (1, 2, 3))],
+    [(0, 100), *(pytest.param(seed, 4000, marks=pytest.mark.slow) for seed in (1, 2, 3))],
 )
 def test_ctrl_c_anywhere_returns_all_blocks(seed, rounds):
     script = INTERRUPTS.replace("SEED", str(seed)).replace("ROUNDS", str(rounds))
@@ -173,10 +173,7 @@ ENDINGS = {
 
 @pytest.mark.parametrize(
     "ending",
-    [
-        pytest.param(ending, id=name, marks=[] if name == "somebody waits" else pytest.mark.slow)
-        for name, ending in ENDINGS.items()
-    ],
+    [pytest.param(ending, id=name, marks=pytest.mark.slow) for name, ending in ENDINGS.items()],
 )
 def test_a_process_ends_while_requests_run(ending):
     script = """
@@ -187,6 +184,7 @@ request = engine.submit([1, 2, 3], SamplingParams(max_tokens=450, temperature=0.
     run(script + ending)
 
 
+@pytest.mark.slow
 def test_asyncio_ends_while_requests_run():
     script = """
 import asyncio

@@ -58,6 +58,7 @@ def _with_torch_alone(cases: dict[str, Rewritten], folder) -> dict[str, tuple[li
     return found
 
 
+@pytest.mark.slow
 def test_three_families_in_chunks_and_tokens(tmp_path):
     """gemma2: softcaps and windows; gpt_oss: sinks and experts."""
     cases = {

@@ -94,7 +94,7 @@ def test_dora_reads_the_base_weight_twice_and_is_refused():
     ("family", "matches", "refusals"),
     [
         pytest.param("qwen2_moe", 4, {}, id="qwen2_moe"),  # attention, the shared expert
-        pytest.param("mixtral", 2, {}, id="mixtral"),
+        pytest.param("mixtral", 2, {}, id="mixtral", marks=pytest.mark.slow),
         pytest.param("gpt_oss", 2, {}, id="gpt_oss"),
         pytest.param("cohere2", 4, {}, id="parallel-blocks"),
         pytest.param(

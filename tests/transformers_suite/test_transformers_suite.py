@@ -125,6 +125,7 @@ def test_each_test_is_of_its_kind(toy_run):
     assert toy["outcomes"] == {"passed": 8, "failed": 1, "skipped": 1}
 
 
+@pytest.mark.slow
 def test_reasons_of_loops_and_failures_are_told(toy_run):
     code, toy, text = toy_run
     loops = sorted(toy["reasons"])
