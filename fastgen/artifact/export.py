@@ -189,13 +189,14 @@ def _write(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder / TOKENIZER)
     _write_json(folder / GENERATION_CONFIG, _generation_fields(model))
-    (folder / EXPLANATION).write_text(_explanation(source).to_json() + "\n")
+    explanation = _explanation(source).to_json()
+    (folder / EXPLANATION).write_text(explanation + "\n")
     with timed(seconds, "hashes"):
         files = {}
         for file in sorted(each for each in folder.rglob("*") if each.is_file()):
             files[file.relative_to(folder).as_posix()] = file_entry(file)
             tell("hashes", len(files), len(files))
-    layers = json.loads(_explanation(source).to_json())["cache"]["layers"]
+    layers = json.loads(explanation)["cache"]["layers"]
     compiled = graphs.compiled
     manifest = Manifest(
         format=FORMAT,
